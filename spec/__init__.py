@@ -1,0 +1,1 @@
+"""The nouns of vcompress. Only the standard library is imported here."""

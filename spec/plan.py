@@ -1,0 +1,255 @@
+"""The compression plan: every decision, as data.
+
+A plan lists each candidate layer by its full name, one layer a line, with its format and the
+reason for it. It is the only configuration of vcompress: `vcompress apply` executes exactly what
+stands here, and a person may edit a line. Unknown keys and names are errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vcompress.spec import strict_json
+from vcompress.spec.errors import InputError
+from vcompress.spec.formats import FLOAT, FORMATS
+from vcompress.spec.strict_json import check_keys, significant
+
+__all__ = [
+    "SCHEMA", "CompressionPlan", "LayerChoice", "LayerFacts", "TokenSection", "check_plan",
+]  # fmt: skip
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """What the plan needs to know of a layer: `kind`, and `weight_shape`, output channels first."""
+
+    kind: str
+    weight_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """The format of one layer.
+
+    Attributes:
+        format: a name in `spec.formats.FORMATS`, or "keep".
+        reason: why; for people.
+        input_amax: largest absolute input seen in calibration; sets the input scale. None where
+            the clips never reached the layer.
+        score: relative error of the enclosing block's output when this layer alone is in the
+            target's first format that it can take; None where it was not measured.
+    """
+
+    format: str
+    reason: str
+    input_amax: float | None = None
+    score: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, floats at six significant digits."""
+        data: dict[str, Any] = {"format": self.format}
+        if self.input_amax is not None:
+            data["input_amax"] = significant(self.input_amax)
+        if self.score is not None:
+            data["score"] = significant(self.score, 4)
+        return {**data, "reason": self.reason}
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> LayerChoice:
+        """Read one line of the section `quantize`."""
+        check_keys(
+            data, required=("format", "reason"), optional=("input_amax", "score"), where=where
+        )
+        known = (*FORMATS, FLOAT)
+        if data["format"] not in known:
+            message = (
+                f"{where}: unknown format {data['format']!r}; choose one of: {', '.join(known)}"
+                f"{strict_json.nearest(str(data['format']), known)}"
+            )
+            raise InputError(message)
+        for key in ("input_amax", "score"):
+            value = data.get(key)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float) or value < 0
+            ):
+                message = f"{where}: {key} must be a number >= 0, got {value!r}"
+                raise InputError(message)
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSection:
+    """Token merging: how many tokens each block gives away, by the block's full name.
+
+    Attributes:
+        technique: the merging algorithm.
+        proportional: whether attention weighs a token by the number of patches that it stands for.
+        merge: tokens merged after each block.
+        num_tokens: tokens that enter the first block, special tokens included.
+    """
+
+    technique: str
+    proportional: bool
+    num_tokens: int
+    merge: Mapping[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "technique": self.technique,
+            "proportional": self.proportional,
+            "num_tokens": self.num_tokens,
+            "merge": dict(self.merge),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> TokenSection:
+        """Read the section `tokens`."""
+        check_keys(
+            data,
+            required=("technique", "proportional", "num_tokens", "merge"),
+            where="tokens",
+        )
+        if not isinstance(data["merge"], dict):
+            message = "tokens.merge must be an object of block name -> number of tokens"
+            raise InputError(message)
+        for block, count in data["merge"].items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                message = f"tokens.merge.{block} must be an integer >= 0, got {count!r}"
+                raise InputError(message)
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionPlan:
+    """All decisions for one model and one target.
+
+    Attributes:
+        target: name in `spec.target.TARGETS`.
+        seed: of every random choice.
+        model: identity of the model: family, weights_sha256, num_blocks, token_grid.
+        evidence: what the decisions rest on: calibration digest, number of clips, versions.
+        quantize: the choice for every candidate layer, in model order.
+        tokens: token merging, or None.
+        tensors: file beside the plan with calibrated tensors (smoothing scales) and its sha256,
+            or None.
+    """
+
+    target: str
+    seed: int
+    model: Mapping[str, Any]
+    evidence: Mapping[str, Any]
+    quantize: Mapping[str, LayerChoice]
+    tokens: TokenSection | None = None
+    tensors: Mapping[str, str] | None = None
+    schema: int = field(default=SCHEMA)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data in the order of the file."""
+        return {
+            "schema": self.schema,
+            "target": self.target,
+            "seed": self.seed,
+            "model": dict(self.model),
+            "evidence": dict(self.evidence),
+            "tokens": None if self.tokens is None else self.tokens.as_dict(),
+            "quantize": {name: choice.as_dict() for name, choice in self.quantize.items()},
+            "tensors": None if self.tensors is None else dict(self.tensors),
+        }
+
+    def to_json(self) -> str:
+        """The plan file: one layer a line."""
+        data = self.as_dict()
+        layers = data["quantize"]
+        lines = [
+            f"    {json.dumps(name)}: {json.dumps(layers[name], ensure_ascii=False)}"
+            for name in layers
+        ]
+        data["quantize"] = "@layers@"
+        text = strict_json.dump(data)
+        body = "{\n" + ",\n".join(lines) + "\n  }" if lines else "{}"
+        return text.replace('"@layers@"', body, 1)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> CompressionPlan:
+        """Read a plan; unknown or missing keys and wrong values are an `InputError`."""
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            got = data.get("schema") if isinstance(data, dict) else None
+            message = f"plan: schema must be {SCHEMA}, got {got!r}"
+            raise InputError(message)
+        check_keys(
+            data,
+            required=("schema", "target", "seed", "model", "evidence", "tokens", "quantize",
+                      "tensors"),
+            where="plan",
+        )  # fmt: skip
+        if not isinstance(data["quantize"], dict):
+            message = "quantize must be an object of layer name -> choice"
+            raise InputError(message)
+        tokens = data["tokens"]
+        return cls(
+            target=data["target"],
+            seed=data["seed"],
+            model=data["model"],
+            evidence=data["evidence"],
+            quantize={
+                name: LayerChoice.from_dict(choice, f"quantize.{name}")
+                for name, choice in data["quantize"].items()
+            },
+            tokens=None if tokens is None else TokenSection.from_dict(tokens),
+            tensors=data["tensors"],
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> CompressionPlan:
+        """Read the plan file `path`."""
+        return cls.from_dict(strict_json.read(path))
+
+
+def check_plan(
+    plan: CompressionPlan,
+    *,
+    layers: Mapping[str, LayerFacts],
+    blocks: tuple[str, ...],
+    weights_sha256: str,
+) -> None:
+    """Raise one `InputError` that lists everything in `plan` that does not fit the model."""
+    problems: list[str] = []
+    if plan.model.get("weights_sha256") != weights_sha256:
+        problems.append(
+            f"the plan was made for weights {str(plan.model.get('weights_sha256'))[:12]}, this "
+            f"model has {weights_sha256[:12]}; make a plan for this model with vcompress plan"
+        )
+    for name, choice in plan.quantize.items():
+        if name not in layers:
+            problems.append(f"quantize.{name}: no such layer{strict_json.nearest(name, layers)}")
+        elif choice.format != FLOAT:
+            facts = layers[name]
+            objection = FORMATS[choice.format].objection(facts.kind, facts.weight_shape)
+            if objection:
+                problems.append(f"quantize.{name}: {objection}; choose another format or keep")
+            elif choice.input_amax is None:
+                problems.append(
+                    f"quantize.{name}: {choice.format} needs input_amax, which calibration did "
+                    "not see; use clips that reach the layer, or keep"
+                )
+    problems += [
+        f"quantize: layer {name} is missing; add a line for it, at least with format keep"
+        for name in layers
+        if name not in plan.quantize
+    ]
+    if plan.tokens is not None:
+        problems += [
+            f"tokens.merge.{name}: no such block{strict_json.nearest(name, blocks)}"
+            for name in plan.tokens.merge
+            if name not in blocks
+        ]
+    if problems:
+        message = "the plan does not fit the model:\n  " + "\n  ".join(problems)
+        raise InputError(message)

@@ -1,0 +1,52 @@
+"""Deployment targets: what `--target` means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vcompress.spec.errors import InputError
+from vcompress.spec.formats import FLOAT
+
+__all__ = ["TARGETS", "Target", "find_target"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a deployment accepts.
+
+    Attributes:
+        name: the word after `--target`.
+        formats: in order of preference; the first is taken wherever a layer can bear it, the last
+            (`keep`) is the fallback.
+        engine_sm: compute capabilities for which a TensorRT-RTX engine is built.
+        hardware: for whom this target is, in one line.
+    """
+
+    name: str
+    formats: tuple[str, ...]
+    engine_sm: tuple[str, ...]
+    hardware: str
+
+
+TARGETS: dict[str, Target] = {
+    "nvfp4": Target(
+        name="nvfp4", formats=("nvfp4", "int8", FLOAT), engine_sm=("120",),
+        hardware="NVIDIA Blackwell: the only GPUs with FP4 tensor cores",
+    ),
+    "fp8": Target(
+        name="fp8", formats=("fp8", FLOAT), engine_sm=("120",),
+        hardware="NVIDIA Ada, Hopper and Blackwell",
+    ),
+    "int8": Target(
+        name="int8", formats=("int8", FLOAT), engine_sm=("120",),
+        hardware="every NVIDIA GPU since Turing, and CPUs",
+    ),
+}  # fmt: skip
+
+
+def find_target(name: str) -> Target:
+    """The target called `name`; an `InputError` lists the known ones otherwise."""
+    if name not in TARGETS:
+        message = f"unknown target {name!r}; choose one of: {', '.join(TARGETS)}"
+        raise InputError(message)
+    return TARGETS[name]
