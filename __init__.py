@@ -1,5 +1,55 @@
-"""vcompress: compress a trained video model and prove what it can still do."""
+"""vcompress: compress a trained video model and prove what it can still do.
+
+    import vcompress
+    options = vcompress.Options(target="nvfp4", calib="clips/", output="out/")
+    outcome = vcompress.quantize("model.pt", options=options)
+    print(outcome.verdict.reason, outcome.path)
+
+The public names below are imported when they are first used: `import vcompress` costs nothing.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vcompress.models.load import LoadOptions, load_model, wrap_module
+    from vcompress.pipeline import Options, Outcome, apply, apply_plan, make_plan, quantize
+    from vcompress.pipeline.revalidate import validate as validate_artifact
+    from vcompress.spec.artifact import Artifact
+    from vcompress.spec.plan import CompressionPlan
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Artifact", "CompressionPlan", "LoadOptions", "Options", "Outcome", "apply", "apply_plan",
+    "load_model", "make_plan", "quantize", "validate_artifact", "wrap_module",
+]  # fmt: skip
+
+_HOMES = {
+    "Artifact": "vcompress.spec.artifact:Artifact",
+    "CompressionPlan": "vcompress.spec.plan:CompressionPlan",
+    "LoadOptions": "vcompress.models.load:LoadOptions",
+    "Options": "vcompress.pipeline:Options",
+    "Outcome": "vcompress.pipeline:Outcome",
+    "apply": "vcompress.pipeline:apply",
+    "apply_plan": "vcompress.pipeline:apply_plan",
+    "load_model": "vcompress.models.load:load_model",
+    "make_plan": "vcompress.pipeline:make_plan",
+    "quantize": "vcompress.pipeline:quantize",
+    "validate_artifact": "vcompress.pipeline.revalidate:validate",
+    "wrap_module": "vcompress.models.load:wrap_module",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        message = f"module 'vcompress' has no attribute {name!r}"
+        raise AttributeError(message)
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,0 +1,1 @@
+"""Loading of trained video models, and what vcompress knows of their structure."""

@@ -1,0 +1,1 @@
+"""Two small recognisers that this project trained, with their calibration and test clips."""

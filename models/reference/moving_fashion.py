@@ -62,18 +62,24 @@ def shipped_backgrounds(part: str) -> list[npt.NDArray[np.uint8]]:
 
 
 def compose(
-    garments: Garments, backgrounds: list[npt.NDArray[np.uint8]], *, seed: int
+    garments: Garments,
+    backgrounds: list[npt.NDArray[np.uint8]],
+    *,
+    seed: int,
+    background_gain: float = 1.0,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Render one clip a garment: clips `[N, T=16, H=64, W=64, C=3]` uint8 and labels `[N]`.
 
-    Direction, speed, start, tint and background window are drawn from `seed`.
+    Direction, speed, start, tint and background window are drawn from `seed`. `background_gain`
+    below 1 darkens the background; training starts on black.
     """
     generator = np.random.default_rng(seed)
     clips = np.empty((len(garments.images), NUM_FRAMES, SIZE, SIZE, 3), np.uint8)
     labels = np.empty(len(garments.images), np.int64)
     for n, (image, kind) in enumerate(zip(garments.images, garments.kinds, strict=True)):
         direction = int(generator.integers(8))
-        clips[n] = _background_window(backgrounds, generator)
+        window = _background_window(backgrounds, generator)
+        clips[n] = window if background_gain == 1 else (window * background_gain).astype(np.uint8)
         _paste(clips[n], image, _path(direction, generator), generator.uniform(0.6, 1.0, 3))
         labels[n] = int(kind) * 8 + direction
     return clips, labels

@@ -4,6 +4,8 @@ Both are transformers' VideoMAE classifier, trained from random weights with Ada
 schedule and label smoothing, in bfloat16 autocast. During the first part of training half of the
 tokens are dropped at random (PatchDropout, Liu et al., 2022, arXiv:2208.07220, with VideoMAE's own
 mask): an epoch takes half the time. The last part trains on all tokens, as inference sees them.
+Moving Fashion starts on black and fades the real backgrounds in (a curriculum): a transformer
+without any prior on images otherwise needs thousands of steps to find the garment at all.
 The weights are an average over the last steps (exponential moving average).
 """
 
@@ -42,14 +44,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _WARM_UP_STEPS = 200
 _EMA_DECAY = 0.998
+_FADE_IN = 0.2  # share of training after which backgrounds have their full brightness
 _ASSETS = Path(__file__).parent / "assets"
 
 
-def _penvideo_batches(batch_size: int) -> Callable[[], Batch]:
+def _penvideo_batches(batch_size: int) -> Callable[[float], Batch]:
     movements, labels = penvideo.split("train")
     generator = np.random.default_rng(1)
 
-    def draw() -> Batch:
+    def draw(_progress: float) -> Batch:
         index = generator.integers(len(labels), size=batch_size)
         # A shift and a scale of the whole movement: handwriting varies so between people.
         scale = generator.uniform(0.85, 1.0, (batch_size, 1, 1))
@@ -60,18 +63,21 @@ def _penvideo_batches(batch_size: int) -> Callable[[], Batch]:
     return draw
 
 
-def _fashion_batches(batch_size: int, root: Path) -> Callable[[], Batch]:
+def _fashion_batches(batch_size: int, root: Path) -> Callable[[float], Batch]:
     garments = sources.fashion_mnist(root, "train")
     backgrounds = [sources.background(root, name) for name in ("vtest.avi", "box.mp4", "bikes.mp4")]
     generator = np.random.default_rng(1)
 
-    def draw() -> Batch:
+    def draw(progress: float) -> Batch:
         index = generator.integers(len(garments.images), size=batch_size)
         images = garments.images[index]
         flip = generator.random(batch_size) < 0.5
         images = np.where(flip[:, None, None], images[:, :, ::-1], images)
         chosen = moving_fashion.Garments(images=images, kinds=garments.kinds[index])
-        return moving_fashion.compose(chosen, backgrounds, seed=int(generator.integers(2**31)))
+        gain = min(1.0, progress / _FADE_IN)
+        return moving_fashion.compose(
+            chosen, backgrounds, seed=int(generator.integers(2**31)), background_gain=gain
+        )
 
     return draw
 
@@ -95,7 +101,7 @@ def _dropped_logits(
 
 
 def train(
-    name: str, draw: Callable[[], Batch], *,
+    name: str, draw: Callable[[float], Batch], *,
     budget_s: float, mean: float, std: float, lr: float, keep_tokens: float,
 ) -> VideoMAEForVideoClassification:
     """Train for `budget_s` seconds of wall clock and return the averaged model."""
@@ -115,7 +121,7 @@ def train(
         rate *= 0.5 * (1 + math.cos(math.pi * progress)) + 0.005
         for group in optimiser.param_groups:
             group["lr"] = rate
-        clips, labels = draw()
+        clips, labels = draw(progress)
         with torch.autocast("cpu", torch.bfloat16):
             logits = _dropped_logits(model, normalise(clips, mean, std), keep_tokens if progress < 0.8 else 1.0)
         loss = functional.cross_entropy(

@@ -1,0 +1,1 @@
+"""Calibration data: videos and arrays become model inputs, and layers are watched on them."""

@@ -1,0 +1,115 @@
+"""Where clips come from: the user's files, or the sets that ship with the reference models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vcompress.calib.clips import Clips
+from vcompress.calib.load import load_clips
+from vcompress.models.reference.catalog import Part, reference_clips
+from vcompress.spec.clip import ClipSpec
+from vcompress.spec.errors import InputError
+
+__all__ = ["REFERENCE_PREFIX", "ClipRequest", "ClipSets", "open_clip_sets", "open_clips"]
+
+REFERENCE_PREFIX = "reference:"
+# Held out of the calibration clips where the user names no test clips.
+_TEST_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipRequest:
+    """Which clips: enough to open the same ones again.
+
+    Attributes:
+        calib: a path, or `reference:NAME`.
+        data: test clips, or None (see `open_clip_sets`).
+        num_clips, num_test_clips: at most so many.
+        seed: of the draw.
+    """
+
+    calib: str
+    data: str | None
+    num_clips: int
+    num_test_clips: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSets:
+    """Calibration clips, test clips, the source of the latter, and what was skipped and why."""
+
+    calibration: Clips
+    test: Clips
+    test_source: str
+    skipped: tuple[tuple[str, str], ...]
+
+
+def open_clips(
+    source: str, spec: ClipSpec, *, part: Part, limit: int, seed: int, labels: tuple[str, ...]
+) -> Clips:
+    """At most `limit` clips of `source`, drawn with `seed`.
+
+    Args:
+        source: a path, or `reference:NAME`; only the latter has two parts.
+        labels: class names that folders are matched with.
+    """
+    if source.startswith(REFERENCE_PREFIX):
+        frames, classes = reference_clips(source.removeprefix(REFERENCE_PREFIX), part)
+        order = np.random.default_rng(seed).permutation(len(classes))[:limit]
+        chosen = np.sort(order)
+        return Clips.from_frames(
+            frames[chosen], spec, labels=classes[chosen], names=[f"{part}-{n:05d}" for n in chosen]
+        )
+    if not Path(source).exists():
+        message = f"{source}: no such file or folder of clips"
+        raise InputError(message)
+    return load_clips(source, spec, limit=limit, seed=seed, label_names=labels or None)
+
+
+def open_clip_sets(request: ClipRequest, spec: ClipSpec, labels: tuple[str, ...]) -> ClipSets:
+    """Calibration clips, and test clips that calibration never sees.
+
+    Without `data` the test clips of a reference task are its test set; those of a folder are a
+    quarter of `calib`, held out by `seed`.
+    """
+    calib, seed, data = request.calib, request.seed, request.data
+    if data is None and calib.startswith(REFERENCE_PREFIX):
+        data = calib
+    if data is not None:
+        calibration = open_clips(
+            calib, spec, part="calibration", limit=request.num_clips, seed=seed, labels=labels
+        )
+        test = open_clips(
+            data, spec, part="test", limit=request.num_test_clips, seed=seed, labels=labels
+        )
+        _refuse_overlap(calibration, test)
+        skipped = (*calibration.skipped, *test.skipped)
+        return ClipSets(calibration=calibration, test=test, test_source=data, skipped=skipped)
+    wanted = round(request.num_clips / (1 - _TEST_SHARE))
+    everything = open_clips(calib, spec, part="calibration", limit=wanted, seed=seed, labels=labels)
+    if len(everything) < 2:
+        message = (
+            f"{calib} holds one usable clip; at least two are needed, one to calibrate and one to "
+            "test; add clips, or name test clips with --data"
+        )
+        raise InputError(message)
+    test, calibration = everything.split(_TEST_SHARE, seed)
+    return ClipSets(
+        calibration=calibration,
+        test=test,
+        test_source=f"{calib} (held out)",
+        skipped=everything.skipped,
+    )
+
+
+def _refuse_overlap(calibration: Clips, test: Clips) -> None:
+    if calibration.digest == test.digest:
+        message = (
+            "--data and --calib are the same clips: a model that is judged on its calibration "
+            "clips proves nothing; name other test clips, or leave --data out to hold some back"
+        )
+        raise InputError(message)

@@ -1,0 +1,1 @@
+"""Compression passes: each decides a section of the plan, then applies it mechanically."""

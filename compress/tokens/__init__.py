@@ -1,0 +1,1 @@
+"""Token reduction: pure functions in `merging`, surgery on models in `surgery`."""

@@ -1,0 +1,1 @@
+"""From a planned module to files that a runtime takes, and back into that runtime."""

@@ -1,0 +1,112 @@
+"""Translations into standard ONNX that every dialect shares: INT8, FP8 and attention.
+
+Quantized weights stay stored as they are, followed by a DequantizeLinear; inputs pass through
+QuantizeLinear and DequantizeLinear with zero points of zero, the pair that runtimes fuse into
+their kernels. Everything is float32 in between, whatever the model's type is.
+
+Source: ONNX operators, opset 21 (https://onnx.ai/onnx/operators/).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import opset21
+
+import vcompress.compress.numerics  # noqa: F401 - registers the operators
+from vcompress.export.dialects.dialect import Translation
+
+__all__ = ["TRANSLATIONS", "as_float", "constant", "like", "op"]
+
+# Its annotations are for eager tensors; here it records nodes for symbolic values.
+op: Any = opset21
+
+
+def constant(value: Any, dtype: Any = np.float32) -> Any:
+    """A value that stands in the graph."""
+    return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype=dtype)))
+
+
+def as_float(x: Any) -> Any:
+    """`x` as float32."""
+    return x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
+
+
+def like(x: Any, example: Any) -> Any:
+    """`x`, a float32 value, in the type of `example`."""
+    return x if example.dtype == ir.DataType.FLOAT else op.Cast(x, to=example.dtype)
+
+
+def _quantize_dequantize(x: Any, scale: Any, axis: int, code_type: Any) -> Any:
+    zero_point = constant(np.zeros([int(size) for size in scale.shape]), code_type)
+    codes = op.QuantizeLinear(as_float(x), scale, zero_point, axis=axis)
+    return like(op.DequantizeLinear(codes, scale, zero_point, axis=axis), x)
+
+
+def _int8_quantize_dequantize(x: Any, scale: Any, axis: int) -> Any:
+    return _quantize_dequantize(x, scale, axis, np.int8)
+
+
+def _int8_dequantize(codes: Any, scale: Any, axis: int) -> Any:
+    return op.DequantizeLinear(codes, scale, axis=axis)
+
+
+def _fp8_quantize_dequantize(x: Any, scale: Any) -> Any:
+    return _quantize_dequantize(x, scale, 0, ml_dtypes.float8_e4m3fn)
+
+
+def _fp8_dequantize(codes: Any, scale: Any) -> Any:
+    return op.DequantizeLinear(codes, scale)
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Scaled dot-product attention as MatMul, Softmax, MatMul.
+
+    The Attention operator of opset 23 is avoided: TensorRT-RTX refuses it for float32.
+    Shapes: query `[..., L, D]`, key and value `[..., S, D]`.
+    """
+    if dropout_p or enable_gqa:
+        message = "attention with dropout or grouped queries has no translation to ONNX here"
+        raise NotImplementedError(message)
+    axes = list(range(len(key.shape)))
+    keys = op.Transpose(key, perm=[*axes[:-2], axes[-1], axes[-2]])
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = op.Mul(op.MatMul(query, keys), like(constant(factor), query))
+    if is_causal:
+        size = (int(query.shape[-2]), int(key.shape[-2]))
+        scores = _masked(scores, constant(np.tri(*size), np.bool_), query)
+    elif attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
+        scores = _masked(scores, attn_mask, query)
+    elif attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _masked(scores: Any, mask: Any, example: Any) -> Any:
+    """`scores` where `mask` is true, minus infinity elsewhere; they have the type of `example`."""
+    return op.Where(mask, scores, like(constant(-math.inf), example))
+
+
+TRANSLATIONS: dict[Callable[..., Any], Translation] = {
+    torch.ops.vcompress.int8_quantize_dequantize.default: _int8_quantize_dequantize,
+    torch.ops.vcompress.int8_dequantize.default: _int8_dequantize,
+    torch.ops.vcompress.fp8_quantize_dequantize.default: _fp8_quantize_dequantize,
+    torch.ops.vcompress.fp8_dequantize.default: _fp8_dequantize,
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+}

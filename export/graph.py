@@ -1,0 +1,217 @@
+"""From a module to an ONNX file in the dialect of a runtime.
+
+The exporter of torch translates what standard ONNX knows; our quantization operators become what
+the dialect says. Of the exporter's optimizations only those run that leave weights alone: a folded
+weight would no longer be quantized, or would lose the name by which `readback` finds its layer.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import optimizer
+from torch import nn
+
+import vcompress
+from vcompress.export.dialects.dialect import Dialect
+from vcompress.export.dialects.portable import PORTABLE
+from vcompress.export.dialects.tensorrt import TENSORRT
+from vcompress.export.trace import quiet, trace
+from vcompress.spec.errors import BuildError, InputError
+
+__all__ = ["DIALECTS", "GraphFacts", "export_onnx"]
+
+DIALECTS: Mapping[str, Dialect] = MappingProxyType(
+    {dialect.name: dialect for dialect in (PORTABLE, TENSORRT)}
+)
+BATCH_AXIS = "batch"
+# An ONNX file is one protobuf message, which cannot exceed 2 GiB.
+EXTERNAL_DATA_BYTES = 1_800_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphFacts:
+    """What `export_onnx` wrote.
+
+    Attributes:
+        files: the ONNX file first, then its external data, if any.
+        dialect: name of the dialect.
+        opset: version of the default domain.
+        input_shape: sizes; "batch" where the size is free.
+        output_shape: as `input_shape`.
+        static_reason: why the batch size is fixed; None if it is free.
+        num_nodes: operators in the graph.
+        num_bytes: of all files.
+    """
+
+    files: tuple[Path, ...]
+    dialect: str
+    opset: int
+    input_shape: tuple[int | str, ...]
+    output_shape: tuple[int | str, ...]
+    static_reason: str | None
+    num_nodes: int
+    num_bytes: int
+
+
+def export_onnx(
+    module: nn.Module,
+    example: torch.Tensor,
+    path: Path,
+    *,
+    dialect: str,
+    input_name: str = "pixel_values",
+    output_name: str = "output",
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    dynamic_batch: bool = True,
+) -> GraphFacts:
+    """Write `module` as the ONNX file `path`, which appears only when it is complete.
+
+    Args:
+        module: takes one tensor, returns one tensor; may hold frozen layers.
+        example: an input; its first axis is the batch.
+        path: of the file; with weights above 1.8 GB they go to `<name>.data` beside it.
+        dialect: a key of `DIALECTS`.
+        input_name: of the input in the graph.
+        output_name: of the output in the graph.
+        metadata: goes into the file's metadata_props.
+        dynamic_batch: leave the batch size free where the module allows it; else it becomes that
+            of the example.
+
+    Raises:
+        InputError: the dialect is unknown.
+        BuildError: the module cannot be traced or has an operator without translation.
+    """
+    if dialect not in DIALECTS:
+        message = f"unknown dialect {dialect!r}; choose one of: {', '.join(DIALECTS)}"
+        raise InputError(message)
+    with quiet():
+        traced = trace(module, example, dynamic_batch=dynamic_batch)
+        model = _translate(traced.program, DIALECTS[dialect])
+        _tidy(model)
+    _rename(model, input_name, output_name)
+    model.metadata_props.update(metadata)
+    files = _save(model, path)
+    return GraphFacts(
+        files=files,
+        dialect=dialect,
+        opset=model.opset_imports[""],
+        input_shape=_shape(model.graph.inputs[0]),
+        output_shape=_shape(model.graph.outputs[0]),
+        static_reason=traced.static_reason,
+        num_nodes=len(model.graph),
+        num_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def _translate(program: torch.export.ExportedProgram, dialect: Dialect) -> ir.Model:
+    """The ONNX graph of `program`, as the exporter and the dialect translate it."""
+    has_nvfp4 = any("vcompress.nvfp4" in str(node.target) for node in program.graph.nodes)
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=dialect.opset_with_nvfp4 if has_nvfp4 else dialect.opset,
+            custom_translation_table=dict(dialect.translations),
+            optimize=False,
+            verbose=False,
+        )
+    # The exporter wraps what went wrong in errors of its own; the innermost says it.
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        message = f"the ONNX exporter cannot translate the model: {reason}"
+        raise BuildError(message) from error
+    assert exported is not None
+    model = exported.model
+    common.InlinePass()(model)
+    dialect.finish(model)
+    return model
+
+
+def _tidy(model: ir.Model) -> None:
+    """Fold shape arithmetic, drop what nothing uses and what tells of the machine, in place."""
+    parameters = set(model.graph.initializers)
+
+    def reads_parameter(node: ir.Node) -> bool | None:
+        # None leaves the decision to the optimizer's own rules.
+        read = any(value is not None and value.name in parameters for value in node.inputs)
+        return False if read else None
+
+    optimizer.fold_constants_ir(model, should_fold=reads_parameter)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _merge_constants(model, parameters)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.OutputFixPass()(model)
+    common.NameFixPass()(model)
+    # Stack traces in the metadata of nodes name files of this machine.
+    common.ClearMetadataAndDocStringPass()(model)
+    model.producer_name = "vcompress"
+    model.producer_version = vcompress.__version__
+
+
+def _merge_constants(model: ir.Model, parameters: set[str]) -> None:
+    """Keep one of equal constants; parameters stay, since they carry the names of layers."""
+    kept: dict[tuple[object, ...], ir.Value] = {}
+    for name, value in list(model.graph.initializers.items()):
+        if name in parameters or value.const_value is None or value.is_graph_output():
+            continue
+        tensor = value.const_value
+        key = (tensor.dtype, tuple(tensor.shape), tensor.tobytes())
+        twin = kept.setdefault(key, value)
+        if twin is not value:
+            ir.convenience.replace_all_uses_with(value, twin)
+            del model.graph.initializers[name]
+
+
+def _rename(model: ir.Model, input_name: str, output_name: str) -> None:
+    """Name input, output and the batch axis."""
+    (source,), (result,) = model.graph.inputs, model.graph.outputs
+    assert source.shape is not None
+    symbol = source.shape[0]
+    source.name, result.name = input_name, output_name
+    if isinstance(symbol, int):
+        return
+    for value in (source, *(value for node in model.graph for value in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([BATCH_AXIS if size == symbol else size for size in value.shape])
+
+
+def _shape(value: ir.Value) -> tuple[int | str, ...]:
+    assert value.shape is not None
+    return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+
+
+def _save(model: ir.Model, path: Path) -> tuple[Path, ...]:
+    """Write the files beside their place, check them, then put them there."""
+    num_bytes = sum(
+        weight.const_value.nbytes
+        for weight in model.graph.initializers.values()
+        if weight.const_value is not None
+    )
+    data_name = f"{path.name}.data" if num_bytes > EXTERNAL_DATA_BYTES else None
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder) / path.name
+        ir.save(model, written, external_data=data_name)
+        try:
+            onnx.checker.check_model(str(written))
+        except onnx.checker.ValidationError as error:
+            message = f"the exported graph is not valid ONNX: {str(error).splitlines()[0]}"
+            raise BuildError(message) from error
+        if data_name is not None:
+            os.replace(Path(folder) / data_name, path.with_name(data_name))
+        os.replace(written, path)
+    return (path,) if data_name is None else (path, path.with_name(data_name))

@@ -1,0 +1,88 @@
+"""The manifest of an artifact: all that an edge device needs, without the key `files`.
+
+Field names follow `docs/artifact.md`; the same facts go into the ONNX files' metadata, where ONNX
+Runtime and OpenVINO can read them. Nothing is ever prefixed to an engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import vcompress
+from vcompress.export.graph import GraphFacts
+from vcompress.models.video import VideoModel
+from vcompress.spec.artifact import SCHEMA
+from vcompress.spec.plan import CompressionPlan
+
+__all__ = ["INPUT_NAME", "OUTPUT_NAME", "build_manifest", "onnx_metadata"]
+
+INPUT_NAME = "pixel_values"
+OUTPUT_NAME = "output"
+
+
+def onnx_metadata(model: VideoModel, plan: CompressionPlan) -> dict[str, str]:
+    """`metadata_props` of the ONNX files: JSON under the one key `vcompress`."""
+    facts = {
+        "schema": SCHEMA,
+        "vcompress": vcompress.__version__,
+        "name": model.name,
+        "task": model.task,
+        "target": plan.target,
+        "clip": model.clip.as_dict(),
+        "labels": list(model.labels),
+    }
+    return {"vcompress": json.dumps(facts)}
+
+
+def build_manifest(
+    model: VideoModel, plan: CompressionPlan, graph: GraphFacts, *,
+    created: str, effective_bits: float, quality: Mapping[str, Any],
+    performance: list[dict[str, Any]], requires: Mapping[str, str], notes: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """The manifest without `files`, which `publish.write_manifest` adds.
+
+    Args:
+        graph: facts of the portable graph.
+        quality: the metric, baseline and result, number of clips, and which clips they are.
+        performance: measured latencies; empty where nothing could be measured.
+        requires: what runs each file, by role.
+    """
+    return {
+        "schema": SCHEMA,
+        "vcompress": vcompress.__version__,
+        "created": created,
+        "name": model.name,
+        "source": {
+            "id": model.source, "family": model.family, "weights_sha256": model.weights_sha256,
+        },
+        "task": model.task,
+        "labels": "labels.txt" if model.labels else None,
+        "inputs": [
+            {
+                "name": INPUT_NAME, "dtype": model.clip.dtype, "layout": model.clip.layout,
+                "shape": list(graph.input_shape),
+            }
+        ],
+        "outputs": [
+            {"name": OUTPUT_NAME, "dtype": "float32", "shape": list(graph.output_shape)}
+        ],
+        "clip": model.clip.as_dict(),
+        "precision": {
+            "target": plan.target,
+            "effective_bits": effective_bits,
+            "layers": dict(Counter(choice.format for choice in plan.quantize.values())),
+            "plan": "plan.json",
+            "verified_from": "model.onnx",
+        },
+        "golden": {
+            "file": "golden.npz", "inputs": "inputs", "outputs": "outputs",
+            "metric": "relative_l2", "max": 0.01,
+        },
+        "quality": dict(quality),
+        "performance": performance,
+        "requires": dict(requires),
+        "notes": notes,
+    }  # fmt: skip

@@ -1,0 +1,135 @@
+"""Trace a module with `torch.export`, with a free batch size where the module allows one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vcompress.spec.errors import BuildError
+
+__all__ = ["Trace", "quiet", "trace"]
+
+# A traced size of 1 or 0 would be taken for a constant.
+_SMALLEST_FREE_BATCH = 2
+_REASON_CHARACTERS = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A traced module.
+
+    Attributes:
+        program: one input, one output, no in-place operators.
+        static_reason: why the batch size is fixed to that of the example; None if it is free.
+    """
+
+    program: torch.export.ExportedProgram
+    static_reason: str | None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what torch and onnxscript print, warn and log off the terminal."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put `module` in evaluation mode for a while."""
+    training = [child for child in module.modules() if child.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True
+
+
+def trace(module: nn.Module, example: torch.Tensor, *, dynamic_batch: bool) -> Trace:
+    """Trace `module(example)`, whose first axis is the batch.
+
+    Raises:
+        BuildError: the module cannot be traced, or does not return one tensor.
+    """
+    program, reason = None, "a fixed batch size was asked for"
+    with _evaluating(module), torch.no_grad():
+        if dynamic_batch:
+            program, reason = _with_free_batch(module, example)
+        if program is None:
+            program = _with_fixed_batch(module, example)
+    num_outputs = len(program.graph_signature.user_outputs)
+    if num_outputs != 1:
+        message = (
+            f"{type(module).__name__} must return one tensor to be exported, got {num_outputs}; "
+            "wrap it in a module that picks one"
+        )
+        raise BuildError(message)
+    return Trace(program=program, static_reason=reason or None)
+
+
+def _with_fixed_batch(module: nn.Module, example: torch.Tensor) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(module, (example,))
+    # torch.export lets through whatever the module raises, and has a dozen errors of its own.
+    except Exception as error:
+        message = (
+            f"torch.export cannot trace {type(module).__name__} at shape {list(example.shape)}: "
+            f"{_reason(error)}; check the shape, and that its forward has no Python control flow "
+            "that depends on data"
+        )
+        raise BuildError(message) from error
+
+
+def _with_free_batch(
+    module: nn.Module, example: torch.Tensor
+) -> tuple[torch.export.ExportedProgram | None, str]:
+    """The program and an empty reason, or None and why the batch size cannot be free."""
+    if example.shape[0] < _SMALLEST_FREE_BATCH:
+        example = torch.cat([example] * _SMALLEST_FREE_BATCH)
+    shapes = ({0: torch.export.Dim("batch")},)
+    try:
+        program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    except Exception as error:
+        return None, f"torch.export: {_reason(error)}"
+    (batch,) = (
+        node.meta["val"].shape[0]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+    )
+    for output in _outputs(program):
+        value = output.meta["val"]
+        if value.ndim == 0 or str(value.shape[0]) != str(batch):
+            return None, "the first axis of the output does not follow the batch size"
+    return program, ""
+
+
+def _outputs(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
+    names = program.graph_signature.user_outputs
+    return [node for node in program.graph.nodes if node.name in names]
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what `torch.export` says, shortened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Its own errors open with a summary; the first item of the list below it says what is wrong.
+    items = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    text = next(iter([*items, *lines]), type(error).__name__).split(". ")[0]
+    return text if len(text) <= _REASON_CHARACTERS else text[:_REASON_CHARACTERS] + " ..."

@@ -1,0 +1,1 @@
+"""One file a model family: how its configuration, clips, blocks and tokens are read."""

@@ -1,0 +1,211 @@
+"""`load_model`: from what a user has to a `VideoModel`.
+
+A model is given as a `.pt` or `.safetensors` file, as a directory saved by transformers or by a
+diffusers transformer, as `module:callable`, or as `reference:NAME` for the recognisers that ship.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vcompress.models import checkpoint as checkpoints
+from vcompress.models import structure
+from vcompress.models.adapters.base import Adapter, Description
+from vcompress.models.adapters.transformers_video import VIDEOMAE, VIVIT
+from vcompress.models.directory import clip_from_processor, read_directory
+from vcompress.models.video import Task, VideoModel, weights_digest
+from vcompress.spec.clip import ClipSpec
+from vcompress.spec.errors import InputError
+from vcompress.spec.strict_json import nearest
+
+__all__ = ["ADAPTERS", "LoadOptions", "from_checkpoint", "load_model", "parse_input_spec", "wrap_module"]
+
+ADAPTERS: tuple[Adapter, ...] = (VIDEOMAE, VIVIT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What a user may have to add to the model's own words.
+
+    Attributes:
+        arch: `module:callable` that builds the architecture of a bare state dict.
+        input_spec: the model's input, such as `NCTHW:float32:1x3x16x112x112`.
+        trust_pickle: unpickle whole modules. Runs code from the file.
+        clip_stride, fps: how frames are taken from a video, where the model's file does not say.
+        task: what the output of a model means that no adapter knows.
+    """
+
+    arch: str | None = None
+    input_spec: str | None = None
+    trust_pickle: bool = False
+    clip_stride: int | None = None
+    fps: float | None = None
+    task: Task | None = None
+
+
+def load_model(source: str, options: LoadOptions | None = None) -> VideoModel:
+    """Load `source`, run it once, and describe it. `InputError` for everything that is wrong."""
+    options = options or LoadOptions()
+    if source.startswith("reference:"):
+        from vcompress.models.reference.catalog import load_reference
+
+        return load_reference(source.removeprefix("reference:"))
+    path = Path(source)
+    if path.is_dir():
+        return _load_directory(path, options)
+    if not path.exists() and ":" in source:
+        return wrap_module(_call(source), name=source.partition(":")[2], options=options, source=source)
+    loaded = checkpoints.read_checkpoint(path, trust_pickle=options.trust_pickle)
+    return _from_checkpoint(loaded, path, options)
+
+
+def _load_directory(path: Path, options: LoadOptions) -> VideoModel:
+    module, family, config = read_directory(path)
+    adapter = next((adapter for adapter in ADAPTERS if adapter.family == family), None)
+    if adapter is None:
+        model = wrap_module(
+            module, name=path.name, options=options, source=str(path), family=family,
+            task="classify" if "Classification" in type(module).__name__ else None,
+        )  # fmt: skip
+        return replace(model, config=config)
+    described = adapter.describe(config)
+    described = replace(described, clip=clip_from_processor(path, described.clip))
+    return _finish(module, path.name, family, described, config, str(path), options)
+
+
+def _from_checkpoint(
+    loaded: checkpoints.Checkpoint, path: Path, options: LoadOptions
+) -> VideoModel:
+    if loaded.module is not None:
+        return wrap_module(loaded.module, name=path.stem, options=options, source=str(path))
+    if options.arch is not None:
+        module = _call(options.arch)
+        checkpoints.load_state(module, loaded.state_dict, str(path))
+        return wrap_module(module, name=path.stem, options=options, source=str(path))
+    if not loaded.family:
+        message = (
+            f"{path} is a bare state dict: tensors without an architecture; add "
+            "--arch module:callable, or save {'family', 'config', 'state_dict'} with family one "
+            f"of: {', '.join(adapter.family for adapter in ADAPTERS)}"
+        )
+        raise InputError(message)
+    return from_checkpoint(loaded, name=path.stem, source=str(path), options=options)
+
+
+def from_checkpoint(
+    loaded: checkpoints.Checkpoint, *, name: str, source: str, options: LoadOptions
+) -> VideoModel:
+    """Build the family that the checkpoint names and load its weights."""
+    known = [adapter.family for adapter in ADAPTERS]
+    if loaded.family not in known:
+        message = (
+            f"{source}: unknown family {loaded.family!r}; known: {', '.join(known)}"
+            f"{nearest(loaded.family, known)}; or give --arch module:callable"
+        )
+        raise InputError(message)
+    adapter = ADAPTERS[known.index(loaded.family)]
+    module = adapter.build(loaded.config)
+    checkpoints.load_state(module, loaded.state_dict, source)
+    described = adapter.describe(loaded.config)
+    if loaded.labels:
+        described = replace(described, labels=loaded.labels)
+    if loaded.clip is not None:
+        described = replace(described, clip=ClipSpec.from_dict(dict(loaded.clip)))
+    return _finish(module, name, loaded.family, described, loaded.config, source, options)
+
+
+def _finish(
+    module: nn.Module, name: str, family: str, described: Description,
+    config: Mapping[str, Any], source: str, options: LoadOptions,
+) -> VideoModel:  # fmt: skip
+    clip = described.clip
+    if options.input_spec is not None:
+        clip = parse_input_spec(options.input_spec)
+    if options.clip_stride is not None:
+        clip = replace(clip, stride=options.clip_stride)
+    if options.fps is not None:
+        clip = replace(clip, fps=options.fps)
+    module = module.eval().requires_grad_(False)
+    checkpoints.check_finite(module, source or name)
+    model = VideoModel(
+        name=name, module=module, family=family, task=described.task, clip=clip, layers={},
+        blocks=(), token_grid=described.token_grid, pooling=described.pooling, labels=described.labels, config=dict(config),
+        source=source, weights_sha256=weights_digest(module),
+    )  # fmt: skip
+    layers = structure.find_layers(module, structure.run_once(module, model.example()))
+    if not layers:
+        message = f"{source or name}: no linear or convolution ran, so there is nothing to quantize"
+        raise InputError(message)
+    return replace(model, layers=layers, blocks=structure.find_blocks(module, layers))
+
+
+def wrap_module(
+    module: nn.Module, *, name: str, options: LoadOptions, source: str = "",
+    family: str = "generic", task: Task | None = None,
+) -> VideoModel:  # fmt: skip
+    """A `VideoModel` around any module; its structure is found by running it."""
+    if options.input_spec is None:
+        message = (
+            f"{name}: no adapter knows this model, so its input must be said: "
+            "--input-spec LAYOUT:TYPE:SIZES, for instance NCTHW:float32:1x3x16x112x112"
+        )
+        raise InputError(message)
+    described = Description(
+        task=options.task or task or "generic",
+        clip=parse_input_spec(options.input_spec),
+        token_grid=None,
+        labels=(),
+    )
+    return _finish(module, name, family, described, {}, source, options)
+
+
+def parse_input_spec(text: str) -> ClipSpec:
+    """Parse `LAYOUT:TYPE:SIZES`, for instance `NTHWC:uint8:1x100x27x48x3`."""
+    layout, _, rest = text.partition(":")
+    dtype, _, sizes = rest.partition(":")
+    numbers = sizes.lower().split("x")
+    if (
+        sorted(layout) != sorted("NTCHW")
+        or dtype not in ("float32", "uint8")
+        or len(numbers) != 5
+        or not all(number.isdigit() for number in numbers)
+    ):
+        message = (
+            f"--input-spec must be LAYOUT:TYPE:SIZES with layout NTCHW, NCTHW or NTHWC, type "
+            f"float32 or uint8 and five sizes, such as NCTHW:float32:1x3x16x112x112; got {text!r}"
+        )
+        raise InputError(message)
+    size = dict(zip(layout, (int(number) for number in numbers), strict=True))
+    return ClipSpec(
+        num_frames=size["T"], height=size["H"], width=size["W"], channels=size["C"],
+        layout=layout, dtype=dtype,  # type: ignore[arg-type]
+        rescale=1.0 if dtype == "uint8" else 1 / 255,
+    )  # fmt: skip
+
+
+def _call(reference: str) -> nn.Module:
+    """Import `module:callable` and call it without arguments."""
+    module_name, _, attribute = reference.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        message = (
+            f"--arch {reference}: {error}; it must be module:callable, importable from here "
+            "(set PYTHONPATH if it is a file of yours)"
+        )
+        raise InputError(message) from error
+    try:
+        module = factory()
+    except Exception as error:
+        message = f"{reference}() failed: {type(error).__name__}: {error}"
+        raise InputError(message) from error
+    if not isinstance(module, nn.Module):
+        message = f"{reference}() must return a torch.nn.Module, got {type(module).__name__}"
+        raise InputError(message)
+    return module

@@ -1,0 +1,98 @@
+"""The reference models by name, with the clips on which they are calibrated and judged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vcompress.models import load
+from vcompress.models.checkpoint import Checkpoint, read_safetensors
+from vcompress.models.reference import moving_fashion, penvideo
+from vcompress.models.video import VideoModel
+from vcompress.spec.clip import ClipSpec
+from vcompress.spec.errors import InputError
+from vcompress.spec.strict_json import nearest
+
+__all__ = ["REFERENCE_MODELS", "load_reference", "reference_clips"]
+
+Part = Literal["calibration", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceModel:
+    """A shipped recogniser: its asset file, labels and clip geometry."""
+
+    asset: str
+    labels: tuple[str, ...]
+    clip: ClipSpec
+
+
+REFERENCE_MODELS: dict[str, ReferenceModel] = {
+    "penvideo20": ReferenceModel(
+        asset="penvideo20",
+        labels=penvideo.LABELS,
+        clip=ClipSpec(num_frames=16, height=32, width=32, channels=1, std=(0.1,)),
+    ),
+    "moving-fashion": ReferenceModel(
+        asset="moving_fashion",
+        labels=moving_fashion.LABELS,
+        clip=ClipSpec(num_frames=16, height=64, width=64, mean=(0.5,), std=(0.25,)),
+    ),
+}
+_CALIBRATION_SEED = 2
+_TEST_SEED = 1
+
+
+def _entry(name: str) -> ReferenceModel:
+    if name not in REFERENCE_MODELS:
+        message = (
+            f"no reference model {name!r}; there are: {', '.join(REFERENCE_MODELS)}"
+            f"{nearest(name, REFERENCE_MODELS)}"
+        )
+        raise InputError(message)
+    return REFERENCE_MODELS[name]
+
+
+def load_reference(name: str) -> VideoModel:
+    """The shipped recogniser `name` ("penvideo20" or "moving-fashion"), float32."""
+    entry = _entry(name)
+    assets = resources.files("vcompress.models.reference") / "assets"
+    config = json.loads((assets / f"{entry.asset}.json").read_text())
+    with resources.as_file(assets / f"{entry.asset}.safetensors") as path:
+        tensors, _ = read_safetensors(path)
+    stored = Checkpoint(
+        family="videomae",
+        config=config,
+        state_dict={key: tensor.float() for key, tensor in tensors.items()},
+        labels=entry.labels,
+        clip=entry.clip.as_dict(),
+    )
+    return load.from_checkpoint(
+        stored, name=name, source=f"reference:{name}", options=load.LoadOptions()
+    )
+
+
+def reference_clips(
+    name: str, part: Part
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Clips `[N, T, H, W, C]` uint8 and labels `[N]` of a reference task.
+
+    "test" is the full test set (4,402 and 2,000 clips); "calibration" are 512 training clips.
+    """
+    _entry(name)
+    if name == "penvideo20":
+        movements, labels = penvideo.split("test" if part == "test" else "train")
+        if part == "calibration":
+            chosen = np.random.default_rng(_CALIBRATION_SEED).permutation(len(labels))[:512]
+            movements, labels = movements[chosen], labels[chosen]
+        return penvideo.render(movements), labels
+    return moving_fashion.compose(
+        moving_fashion.split(part),
+        moving_fashion.shipped_backgrounds(part),
+        seed=_TEST_SEED if part == "test" else _CALIBRATION_SEED,
+    )

@@ -1,0 +1,96 @@
+"""Find the layers and the repeated blocks of any module by running it once.
+
+Nothing is matched by class name or attribute name: a layer is a linear or a convolution that ran,
+a block is a member of a list of modules of one class that together hold most of these layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from vcompress.spec.errors import InputError
+from vcompress.spec.plan import LayerFacts
+
+__all__ = ["find_blocks", "find_layers", "layer_kind", "run_once"]
+
+_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.Linear, "linear"),
+    (nn.Conv1d, "conv1d"),
+    (nn.Conv2d, "conv2d"),
+    (nn.Conv3d, "conv3d"),
+)
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """"linear", "conv1d", "conv2d", "conv3d", or None for any other module."""
+    for cls, kind in _KINDS:
+        if isinstance(module, cls):
+            return kind
+    return None
+
+
+def run_once(module: nn.Module, example: torch.Tensor) -> set[str]:
+    """Run `module` on `example` and return the names of the submodules that were called."""
+    called: set[str] = set()
+    handles = [
+        submodule.register_forward_pre_hook(lambda _m, _i, name=name: called.add(name))  # type: ignore[misc]
+        for name, submodule in module.named_modules()
+    ]
+    try:
+        with torch.inference_mode():
+            module(example)
+    except Exception as error:
+        message = (
+            f"the model does not run on an input of shape {tuple(example.shape)} "
+            f"({example.dtype}): {type(error).__name__}: {error}; "
+            "give the right shape, layout and type with --input-spec"
+        )
+        raise InputError(message) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
+
+
+def find_layers(module: nn.Module, called: set[str]) -> dict[str, LayerFacts]:
+    """The linears and convolutions among the `called` submodules, in the order of the module."""
+    layers: dict[str, LayerFacts] = {}
+    for name, submodule in module.named_modules():
+        kind = layer_kind(submodule)
+        if kind is not None and name in called:
+            weight = submodule.weight
+            assert isinstance(weight, torch.Tensor)
+            layers[name] = LayerFacts(kind=kind, weight_shape=tuple(weight.shape))
+    return layers
+
+
+def find_blocks(module: nn.Module, layers: dict[str, LayerFacts]) -> tuple[str, ...]:
+    """Full names of the repeated blocks: the outermost lists of like modules that hold layers.
+
+    Several lists (temporal and spatial blocks, two towers) are all taken, in module order.
+    """
+    blocks: list[str] = []
+    for name, container in module.named_modules():
+        if any(name.startswith(f"{block}.") or name == block for block in blocks):
+            continue
+        if isinstance(container, nn.ModuleList | nn.Sequential):
+            blocks += _like_members(name, container, layers)
+    return tuple(blocks)
+
+
+def _like_members(
+    name: str, container: nn.Module, layers: dict[str, LayerFacts]
+) -> Iterator[str]:
+    members = [
+        (f"{name}.{child}" if name else child, submodule)
+        for child, submodule in container.named_children()
+        if any(True for _ in submodule.children())
+    ]
+    classes = [type(submodule) for _, submodule in members]
+    for full_name, submodule in members:
+        holds_layers = any(layer.startswith(f"{full_name}.") for layer in layers)
+        if holds_layers and classes.count(type(submodule)) >= 2:
+            yield full_name

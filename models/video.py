@@ -1,0 +1,133 @@
+"""VideoModel: a loaded model and everything that is known of its structure."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vcompress.spec.clip import ClipSpec
+from vcompress.spec.plan import LayerFacts
+
+__all__ = ["Pooling", "PrimaryOutput", "Task", "TokenGrid", "VideoModel", "primary_output", "weights_digest"]
+
+Task = Literal["classify", "embed", "denoise", "restore", "generic"]
+Pooling = Literal["mean", "class_token"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenGrid:
+    """The token sequence of a video transformer: `frames` x `height` x `width` patches in raster
+    order, after `special` leading tokens (class token, registers) that no technique may touch.
+    """
+
+    frames: int
+    height: int
+    width: int
+    special: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence, special tokens included."""
+        return self.special + self.frames * self.height * self.width
+
+
+def primary_output(output: Any) -> torch.Tensor:
+    """The tensor that a model is judged by: its logits, or the first tensor that it returns."""
+    if isinstance(output, torch.Tensor):
+        return output
+    for name in ("logits", "sample", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, torch.Tensor):
+            return value
+    values = list(output.values()) if isinstance(output, Mapping) else list(output)
+    return primary_output(values[0])
+
+
+class PrimaryOutput(nn.Module):
+    """`model` reduced to one tensor in, one tensor out: what is exported and compared."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        """Clips `[B, *clip.input_shape]` to the primary output."""
+        return primary_output(self.model(clips))
+
+
+def weights_digest(module: nn.Module) -> str:
+    """sha256 over the names, types, shapes and bytes of all tensors of `module`."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoModel:
+    """A trained model, ready to be looked at and compressed.
+
+    Attributes:
+        name: for file names and tables.
+        module: in evaluation mode; takes clips `[B, *clip.input_shape]`.
+        family: the adapter that knows it, or "generic".
+        task: what its output means.
+        clip: how a video becomes its input.
+        layers: every linear and convolution that ran, by full name, in the order of the module.
+        blocks: full names of the repeated blocks, in order.
+        token_grid: of its token sequence, where known.
+        pooling: how the tokens become one vector ("mean" of all, or the "class_token"), where
+            known.
+        labels: class names, possibly empty.
+        config: what the family's configuration says; recorded in the artifact.
+        source: where it came from, for the manifest.
+    """
+
+    name: str
+    module: nn.Module
+    family: str
+    task: Task
+    clip: ClipSpec
+    layers: Mapping[str, LayerFacts]
+    blocks: tuple[str, ...]
+    token_grid: TokenGrid | None = None
+    pooling: Pooling | None = None
+    labels: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    weights_sha256: str = ""
+
+    def __call__(self, clips: torch.Tensor) -> torch.Tensor:
+        """The primary output for clips `[B, *clip.input_shape]`, without gradients."""
+        with torch.inference_mode():
+            return primary_output(self.module(clips))
+
+    def layer(self, name: str) -> nn.Module:
+        """The module behind a full name."""
+        return self.module.get_submodule(name)
+
+    def copy(self) -> VideoModel:
+        """A deep copy whose module may be changed."""
+        return replace(self, module=copy.deepcopy(self.module))
+
+    def example(self, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
+        """Random clips of the right shape and type; only for structure, export and timing."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (batch_size, *self.clip.input_shape)
+        if self.clip.dtype == "uint8":
+            return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        return torch.randn(shape, generator=generator)
+
+    def block_of(self, layer: str) -> str | None:
+        """The repeated block that encloses `layer`, or None."""
+        for block in self.blocks:
+            if layer.startswith(f"{block}."):
+                return block
+        return None

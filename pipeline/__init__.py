@@ -1,0 +1,11 @@
+"""From a trained model to a proven artifact: `order` calls the rest in its order."""
+
+from __future__ import annotations
+
+from vcompress.pipeline.order import apply, quantize, write_plan
+from vcompress.pipeline.planning import apply_plan, make_plan
+from vcompress.pipeline.run import Options, Outcome, Progress
+
+__all__ = [
+    "Options", "Outcome", "Progress", "apply", "apply_plan", "make_plan", "quantize", "write_plan",
+]  # fmt: skip

@@ -1,0 +1,115 @@
+"""The one place that knows the order: load, open clips, plan, apply, export, build, prove, publish."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vcompress.calib.sources import ClipRequest, ClipSets, open_clip_sets
+from vcompress.export.publish import check_output
+from vcompress.models.load import LoadOptions, load_model
+from vcompress.models.video import VideoModel
+from vcompress.pipeline.planning import apply_plan, make_plan, read_plan, save_plan
+from vcompress.pipeline.production import produce
+from vcompress.pipeline.run import Options, Outcome, Progress, Silent
+from vcompress.spec.errors import InputError
+from vcompress.spec.plan import CompressionPlan
+from vcompress.spec.target import find_target
+
+__all__ = ["apply", "quantize", "write_plan"]
+
+_FEW_CLIPS = 16
+
+
+def quantize(
+    source: str | VideoModel, *, options: Options, load: LoadOptions | None = None,
+    progress: Progress | None = None,
+) -> Outcome:  # fmt: skip
+    """The whole job: from a trained model to a proven artifact.
+
+    Raises:
+        InputError: the model, the clips or an option is wrong; nothing was written.
+        MissingCapabilityError: a package is missing here.
+        BuildError: the result does not hold what was planned.
+    """
+    progress = progress or Silent()
+    model, clips, output = _prepare(source, options, load, progress)
+    plan, smoothing = make_plan(model, clips.calibration, options, progress)
+    with progress.stage("apply"):
+        planned = apply_plan(model, plan, smoothing)
+    return produce(
+        model, planned, plan, smoothing, clips, options=options, output=output, progress=progress
+    )
+
+
+def write_plan(
+    source: str | VideoModel, path: Path, *, options: Options, load: LoadOptions | None = None,
+    progress: Progress | None = None,
+) -> CompressionPlan:  # fmt: skip
+    """Decide only, and write the plan (and its tensors, if any) to `path`."""
+    progress = progress or Silent()
+    with progress.stage("load"):
+        model = source if isinstance(source, VideoModel) else load_model(source, load)
+    clips = _open_clips(model, options, progress)
+    plan, smoothing = make_plan(model, clips.calibration, options, progress)
+    return save_plan(plan, smoothing, path)
+
+
+def apply(
+    source: str | VideoModel, plan_path: Path, *, options: Options,
+    load: LoadOptions | None = None, progress: Progress | None = None,
+) -> Outcome:  # fmt: skip
+    """Execute exactly the plan at `plan_path`, then export, build and prove."""
+    progress = progress or Silent()
+    plan, smoothing = read_plan(plan_path)
+    options = replace(options, target=plan.target)
+    if options.calib is None:
+        options = replace(options, calib=str(plan.evidence.get("calib", "")) or None)
+    model, clips, output = _prepare(source, options, load, progress)
+    with progress.stage("apply"):
+        planned = apply_plan(model, plan, smoothing)
+    return produce(
+        model, planned, plan, smoothing, clips, options=options, output=output, progress=progress
+    )
+
+
+def _prepare(
+    source: str | VideoModel, options: Options, load: LoadOptions | None, progress: Progress
+) -> tuple[VideoModel, ClipSets, Path]:
+    """Everything that can be wrong with the input is found here, before minutes of work."""
+    find_target(options.target)
+    _require_calib(options)
+    if options.output is not None:
+        check_output(options.output, force=options.force)
+    with progress.stage("load"):
+        model = source if isinstance(source, VideoModel) else load_model(source, load)
+    output = options.output or Path(f"{model.name}-{options.target}")
+    check_output(output, force=options.force)
+    return model, _open_clips(model, options, progress), output
+
+
+def _require_calib(options: Options) -> str:
+    if options.calib is None:
+        message = (
+            "calibration clips are needed: add --calib with a folder of videos like those that "
+            "the model will see, an .npz or a .pt file"
+        )
+        raise InputError(message)
+    return options.calib
+
+
+def _open_clips(model: VideoModel, options: Options, progress: Progress) -> ClipSets:
+    request = ClipRequest(
+        calib=_require_calib(options), data=options.data, num_clips=options.num_clips,
+        num_test_clips=options.num_test_clips, seed=options.seed,
+    )  # fmt: skip
+    with progress.stage("clips"):
+        sets = open_clip_sets(request, model.clip, model.labels)
+    for name, reason in sets.skipped:
+        progress.warn(f"skipped {name}: {reason}")
+    if len(sets.calibration) < _FEW_CLIPS:
+        progress.warn(
+            f"only {len(sets.calibration)} calibration clips: input ranges may be too small; 64 "
+            "or more are better"
+        )
+    return sets

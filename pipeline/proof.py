@@ -1,0 +1,259 @@
+"""The proof: every form of the model is run on the same test clips and compared.
+
+baseline torch -> baseline ONNX -> planned torch -> portable ONNX (the result) -> TensorRT ONNX.
+The judge, `vcompress.validate`, is handed arrays and callables; it shares no code with what it
+judges. A format that this machine only simulates gets no latency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vcompress.calib.clips import Clips
+from vcompress.export.runtime import INTEGER_KERNELS, Session
+from vcompress.models.video import VideoModel
+from vcompress.spec.errors import BuildError
+from vcompress.spec.formats import FLOAT
+from vcompress.spec.plan import CompressionPlan
+from vcompress.validate.latency import LatencyStatistics, measure_interleaved
+from vcompress.validate.metrics import Metrics, compare_outputs
+from vcompress.validate.parity import ParityResult, check_parity
+from vcompress.validate.report import build_stage
+from vcompress.validate.report_types import Stage
+
+__all__ = ["BASELINE", "RESULT", "Forms", "Proof", "prove", "run_session"]
+
+Array = npt.NDArray[Any]
+
+BASELINE = "baseline torch"
+BASELINE_ONNX = "baseline ONNX"
+PLANNED = "planned torch"
+RESULT = "portable ONNX"
+TENSORRT = "TensorRT ONNX"
+
+# Relative L2 difference of the outputs. Integer kernels may round a tie the other way.
+FLOAT_TOLERANCE = 1e-5
+PLANNED_TOLERANCE = 1e-3
+TIE_TOLERANCE = 1e-2
+_BATCH_SIZE = 16
+_WARM_UP = 5
+_ROUNDS = 20
+_MIN_SECONDS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forms:
+    """The forms of one model that are compared.
+
+    Attributes:
+        baseline, planned: torch.
+        baseline_session: the unquantized graph in ONNX Runtime.
+        portable_session: the planned graph in ONNX Runtime.
+        tensorrt_session: the graph for TensorRT, where ONNX Runtime can run it; else None, and
+            `tensorrt_reason` says why.
+    """
+
+    baseline: VideoModel
+    planned: VideoModel
+    baseline_session: Session
+    portable_session: Session
+    tensorrt_session: Session | None
+    tensorrt_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What was measured.
+
+    Attributes:
+        stages: for the report.
+        metrics: of the result against the baseline.
+        baseline_outputs, result_outputs: on all test clips.
+        result_latency: of the result, or None for a simulated format.
+    """
+
+    stages: tuple[Stage, ...]
+    metrics: Metrics
+    baseline_outputs: Array
+    result_outputs: Array
+
+
+def prove(
+    forms: Forms, plan: CompressionPlan, test: Clips, on_clips: Callable[[int], None]
+) -> Proof:
+    """Run and compare all forms on `test`; `on_clips` is told after each batch.
+
+    Raises:
+        BuildError: an ONNX graph does not compute what its module computes.
+    """
+    baseline = _run(lambda x: _torch(forms.baseline, x), test, on_clips)
+    planned = _run(lambda x: _torch(forms.planned, x), test, on_clips)
+    result = _run(lambda x: run_session(forms.portable_session, x), test, on_clips)
+    probes = _probes(test)
+    baseline_parity = _parity(
+        forms.baseline, forms.baseline_session, probes, FLOAT_TOLERANCE, None, BASELINE_ONNX
+    )
+    result_parity = _parity(
+        forms.planned, forms.portable_session, probes, PLANNED_TOLERANCE, TIE_TOLERANCE, RESULT
+    )
+    latency, reason = _latency(forms, plan, probes[0][:1])
+    labels = None if test.labels is None else np.array(test.labels)
+    task = forms.baseline.task
+
+    def metrics(reference: Array, candidate: Array) -> Metrics:
+        return compare_outputs(reference, candidate, labels=labels, task=task)
+
+    stages = (
+        build_stage(
+            BASELINE, about="the model as it was loaded, float32", runtime=_torch_runtime(),
+            metrics=metrics(baseline, baseline),
+            latency_reason="timed as an ONNX graph, like the result",
+        ),
+        build_stage(
+            BASELINE_ONNX, about="the same, exported", runtime=_session_runtime(forms.baseline_session),
+            metrics_reason="checked by parity only", parity=baseline_parity,
+            latency=None if latency is None else latency[BASELINE_ONNX],
+            latency_reason=reason, batch_size=1,
+        ),
+        build_stage(
+            PLANNED, about="the plan applied", runtime=_torch_runtime(),
+            metrics=metrics(baseline, planned),
+            latency_reason="torch runs the formats as fake quantization",
+        ),
+        build_stage(
+            RESULT, about="the plan in standard ONNX operators",
+            runtime=_session_runtime(forms.portable_session),
+            metrics=metrics(baseline, result), metrics_versus_previous=metrics(planned, result),
+            parity=result_parity, latency=None if latency is None else latency[RESULT],
+            latency_reason=reason, batch_size=1,
+        ),
+        _tensorrt_stage(forms, probes),
+    )  # fmt: skip
+    return Proof(
+        stages=stages,
+        metrics=metrics(baseline, result),
+        baseline_outputs=baseline,
+        result_outputs=result,
+    )
+
+
+def _tensorrt_stage(forms: Forms, probes: list[Array]) -> Stage:
+    parity = None
+    if forms.tensorrt_session is not None:
+        parity = _parity(
+            forms.planned, forms.tensorrt_session, probes, PLANNED_TOLERANCE, TIE_TOLERANCE, TENSORRT
+        )
+    return build_stage(
+        TENSORRT,
+        about="the plan in the operators that TensorRT fuses",
+        runtime=None if forms.tensorrt_session is None else _session_runtime(forms.tensorrt_session),
+        metrics_reason=forms.tensorrt_reason or "checked by parity only",
+        parity=parity,
+        latency_reason="needs the GPU that the engine was built for",
+    )
+
+
+def _torch(model: VideoModel, batch: Array) -> Array:
+    output: Array = model(torch.from_numpy(batch)).float().numpy()
+    return output
+
+
+def run_session(session: Session, batch: Array) -> Array:
+    """Run a batch of any size, one clip at a time where the graph's batch size is fixed."""
+    if session.batch_is_dynamic:
+        return session.run(batch)
+    return np.concatenate([session.run(batch[index : index + 1]) for index in range(len(batch))])
+
+
+def _run(
+    runner: Callable[[Array], Array], clips: Clips, on_clips: Callable[[int], None]
+) -> Array:
+    outputs: list[Array] = []
+    for batch in clips.batches(_BATCH_SIZE):
+        outputs.append(runner(batch))
+        on_clips(len(batch))
+    return np.concatenate(outputs)
+
+
+def _probes(test: Clips) -> list[Array]:
+    """Two or three different clips, each as a batch of one."""
+    probes: list[Array] = []
+    for index in range(len(test)):
+        clip = test[index][None]
+        if not any(np.array_equal(clip, other) for other in probes):
+            probes.append(clip)
+        if len(probes) == 3:
+            break
+    if len(probes) < 2:
+        # One clip alone would also pass a graph that it was baked into.
+        probes.append(np.ascontiguousarray(np.flip(probes[0], axis=-1)) + probes[0].dtype.type(1))
+    return probes
+
+
+def _parity(
+    model: VideoModel, session: Session, probes: list[Array], tolerance: float,
+    tie_tolerance: float | None, name: str,
+) -> ParityResult:  # fmt: skip
+    result = check_parity(
+        lambda x: _torch(model, x),
+        lambda x: run_session(session, x),
+        probes,
+        tolerance=tolerance,
+        tie_tolerance=tie_tolerance,
+    )
+    if result.verdict == "fail":
+        message = (
+            f"{name} does not compute what its module computes: relative L2 difference "
+            f"{result.relative_l2_max:.2e}, allowed {tolerance:.0e}"
+            f"{'' if tie_tolerance is None else f' ({tie_tolerance:.0e} for rounding ties)'}; "
+            "this is a fault of the export, please report it with the model's architecture"
+        )
+        raise BuildError(message)
+    return result
+
+
+def _latency(
+    forms: Forms, plan: CompressionPlan, clip: Array
+) -> tuple[dict[str, LatencyStatistics] | None, str | None]:
+    """Latency of both graphs, or the reason why there is none."""
+    reason = _simulated(forms.portable_session, plan)
+    if reason is not None:
+        return None, reason
+    measured = measure_interleaved(
+        {
+            BASELINE_ONNX: lambda: forms.baseline_session.run(clip),
+            RESULT: lambda: forms.portable_session.run(clip),
+        },
+        warm_up=_WARM_UP,
+        rounds=_ROUNDS,
+        min_seconds=_MIN_SECONDS,
+    )
+    return measured, None
+
+
+def _simulated(session: Session, plan: CompressionPlan) -> str | None:
+    """Why the portable graph's time says nothing of the plan, or None if it really runs so."""
+    formats = {choice.format for choice in plan.quantize.values()} - {FLOAT}
+    without_kernel = sorted(formats - {"int8"})
+    if without_kernel:
+        return (
+            f"simulated: ONNX Runtime has no {' or '.join(without_kernel).upper()} kernel on a CPU; "
+            "this graph checks numbers, not speed"
+        )
+    if formats and not any(name in INTEGER_KERNELS for name in session.kernels()):
+        return "simulated: ONNX Runtime fused no integer kernel on this CPU"
+    return None
+
+
+def _torch_runtime() -> str:
+    return f"torch {torch.__version__}, CPU"
+
+
+def _session_runtime(session: Session) -> str:
+    return f"ONNX Runtime, {', '.join(session.providers)}"

@@ -1,0 +1,171 @@
+"""Run the proof of an artifact again, from the artifact: files, golden clips, test clips, the bar.
+
+The baseline model is not needed: its outputs on the test clips are in the artifact. The test
+clips are opened again by the recipe in the manifest, and their digest must be the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vcompress.calib.clips import Clips
+from vcompress.calib.sources import ClipRequest, open_clip_sets, open_clips
+from vcompress.export.runtime import Session, open_session
+from vcompress.pipeline.proof import run_session
+from vcompress.pipeline.run import Progress, Silent
+from vcompress.spec.artifact import Artifact
+from vcompress.spec.clip import ClipSpec
+from vcompress.spec.errors import InputError
+from vcompress.validate.gate import Verdict, judge
+from vcompress.validate.metrics import Metrics, compare_outputs, relative_l2
+
+__all__ = ["Validation", "validate"]
+
+Array = npt.NDArray[Any]
+_BATCH_SIZE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What was checked again.
+
+    Attributes:
+        num_files: whose sha256 were compared.
+        golden_relative_l2: worst difference to the golden outputs; `golden_max` is allowed.
+        metrics: on the test clips, against the recorded baseline outputs; or on `--data`, where
+            there is no baseline, the top-1 alone.
+        verdict: of the gate.
+    """
+
+    path: Path
+    num_files: int
+    golden_relative_l2: float
+    golden_max: float
+    metrics: Metrics
+    verdict: Verdict
+    test_source: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the golden outputs are met and the bar is not missed."""
+        return self.golden_relative_l2 <= self.golden_max and self.verdict.outcome != "fail"
+
+    @property
+    def reason(self) -> str:
+        """Why it did not pass."""
+        if self.golden_relative_l2 > self.golden_max:
+            return (
+                f"{self.path}: the golden outputs differ by {self.golden_relative_l2:.2e} "
+                f"(relative L2), allowed {self.golden_max:.0e}: this runtime computes something else"
+            )
+        return f"{self.path}: {self.verdict.reason}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "schema": 1, "command": "validate", "artifact": str(self.path),
+            "num_files": self.num_files, "golden_relative_l2": self.golden_relative_l2,
+            "metrics": self.metrics, "verdict": self.verdict.as_dict(), "passed": self.passed,
+            "test_clips": self.test_source,
+        }  # fmt: skip
+
+
+def validate(
+    path: Path, *, data: str | None = None, max_drop: float | None = None,
+    progress: Progress | None = None,
+) -> Validation:  # fmt: skip
+    """Check hashes, golden clips and test clips of the artifact at `path`.
+
+    Args:
+        data: labelled test clips to use instead of the recorded ones. The drop is then measured
+            against the recorded top-1 of the baseline and cannot be paired.
+        max_drop: the bar; that of the artifact by default.
+
+    Raises:
+        InputError: a file was changed, or the test clips are not those of the report.
+    """
+    progress = progress or Silent()
+    with progress.stage("hashes"):
+        artifact = Artifact.open(path, verify_hashes=True)
+        session = open_session(_file(artifact, "onnx"))
+    with progress.stage("golden clips"):
+        golden = np.load(_file(artifact, "golden"), allow_pickle=False)
+        difference = relative_l2(golden["outputs"], run_session(session, golden["inputs"]))
+    quality = artifact.manifest["quality"]
+    bar = quality["max_drop_points"] if max_drop is None else max_drop
+    clips, source = _test_clips(artifact, data)
+    outputs = _outputs(session, clips, progress)
+    if data is None:
+        recorded = np.load(_file(artifact, "proof"), allow_pickle=False)
+        baseline = recorded["baseline"]
+    else:
+        # Other clips have no recorded baseline: the result stands for itself.
+        baseline = outputs
+    metrics = compare_outputs(
+        baseline,
+        outputs,
+        labels=None if clips.labels is None else np.array(clips.labels),
+        task=artifact.manifest["task"],
+    )
+    verdict = judge(
+        metrics,
+        max_drop_points=bar if data is None else None,
+        min_sqnr_db=quality["min_sqnr_db"] if data is None else None,
+    )
+    return Validation(
+        path=path,
+        num_files=len(artifact.manifest["files"]),
+        golden_relative_l2=float(difference or 0.0),
+        golden_max=float(artifact.manifest["golden"]["max"]),
+        metrics=metrics,
+        verdict=verdict,
+        test_source=source,
+    )
+
+
+def _file(artifact: Artifact, role: str) -> Path:
+    path = artifact.file(role)
+    if path is None:
+        message = f"{artifact.path} has no file with the role {role}; make the artifact again"
+        raise InputError(message)
+    return path
+
+
+def _labels(artifact: Artifact) -> tuple[str, ...]:
+    path = artifact.file("labels")
+    return () if path is None else tuple(path.read_text(encoding="utf-8").splitlines())
+
+
+def _test_clips(artifact: Artifact, data: str | None) -> tuple[Clips, str]:
+    spec = ClipSpec.from_dict(artifact.manifest["clip"])
+    recipe = dict(artifact.manifest["quality"]["clips"])
+    digest = recipe.pop("sha256")
+    if data is not None:
+        clips = open_clips(
+            data, spec, part="test", limit=recipe["num_test_clips"], seed=recipe["seed"],
+            labels=_labels(artifact),
+        )  # fmt: skip
+        return clips, data
+    sets = open_clip_sets(ClipRequest(**recipe), spec, _labels(artifact))
+    if sets.test.digest != digest:
+        message = (
+            f"{sets.test_source}: these are not the test clips of the report (digest "
+            f"{sets.test.digest[:12]}, the report has {digest[:12]}); restore them, or name "
+            "labelled clips with --data"
+        )
+        raise InputError(message)
+    return sets.test, sets.test_source
+
+
+def _outputs(session: Session, clips: Clips, progress: Progress) -> Array:
+    outputs: list[Array] = []
+    with progress.stage("test clips", len(clips)) as advance:
+        for batch in clips.batches(_BATCH_SIZE):
+            outputs.append(run_session(session, batch))
+            advance(len(batch))
+    return np.concatenate(outputs)

@@ -1,0 +1,14 @@
+"""Defaults that the command line, the Python interface and the documentation share."""
+
+from __future__ import annotations
+
+__all__ = ["MAX_DROP_POINTS", "MAX_LAYER_ERROR", "NUM_CLIPS", "NUM_TEST_CLIPS"]
+
+NUM_CLIPS = 64
+NUM_TEST_CLIPS = 500
+
+# Relative error of a block's output that one layer alone may cause before it gets more bits.
+MAX_LAYER_ERROR = 0.03
+
+# The bar where clips have labels and the user names none.
+MAX_DROP_POINTS = 1.0

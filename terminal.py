@@ -1,0 +1,214 @@
+"""What a person sees: progress on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from vcompress.spec import strict_json
+from vcompress.spec.artifact import MANIFEST, Artifact
+from vcompress.spec.errors import InputError
+from vcompress.spec.plan import CompressionPlan
+
+if TYPE_CHECKING:
+    from vcompress.export.capabilities import Capability
+    from vcompress.pipeline.revalidate import Validation
+    from vcompress.pipeline.run import Outcome
+
+__all__ = ["Console"]
+
+_STATUS_STYLES = {"works": "green", "simulated": "yellow", "missing": "red"}
+
+
+class Console:
+    """One command's output. Implements `pipeline.run.Progress`."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self._json, self._quiet = as_json, quiet
+        self._out = RichConsole(highlight=False, soft_wrap=True)
+        self._err = RichConsole(stderr=True, highlight=False)
+        self._warnings: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """A bar on a terminal, one line otherwise; see `pipeline.run.Progress`."""
+        started = time.monotonic()
+        if self._quiet:
+            yield lambda _done: None
+        elif total and self._err.is_terminal:
+            columns = (
+                TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )  # fmt: skip
+            with Progress(*columns, console=self._err, transient=True) as progress:
+                task = progress.add_task(name, total=total)
+                yield lambda done: progress.update(task, advance=done)
+        else:
+            yield lambda _done: None
+        if not self._quiet:
+            self._err.print(Text(f"{name:<22} {time.monotonic() - started:6.1f} s"))
+
+    def warn(self, text: str) -> None:
+        """A warning, at once; also part of `--json`."""
+        self._warnings.append(text)
+        self._err.print(Text(f"warning: {text}", style="yellow"))
+
+    def outcome(self, outcome: Outcome) -> None:
+        """The closing table of `quantize`, `apply` and `demo`."""
+        from vcompress.validate.closing import closing_notes, closing_table
+
+        if self._json:
+            failed = outcome.verdict.outcome == "fail"
+            self._print_json({
+                "artifact": str(outcome.path), "exit_code": 3 if failed else 0,
+                "report": outcome.report, "error": outcome.verdict.reason if failed else None,
+            })  # fmt: skip
+            return
+        report = outcome.report
+        self._out.print(
+            Text(f"vcompress {report['vcompress']}  {report['model']['name']} -> {report['target']}")
+        )
+        table = _table(("", "baseline", "result", "change"), right=(1, 2))
+        for row in closing_table(report):
+            table.add_row(*(Text(cell) for cell in row))
+        self._out.print(table)
+        for word, text in closing_notes(report):
+            self._out.print(Text(f"{word:<8} {text}"))
+        self._out.print(Text(f"wrote    {outcome.path}/"))
+        self._out.print(Text(f"next     vcompress inspect {outcome.path}"))
+
+    def validation(self, result: Validation) -> None:
+        """What `validate` found."""
+        if self._json:
+            self._print_json({**result.as_dict(), "exit_code": 0 if result.passed else 3})
+            return
+        table = _table(("check", "result"))
+        table.add_row("files", f"{result.num_files} sha256 match")
+        table.add_row(
+            "golden clips",
+            f"relative L2 {result.golden_relative_l2:.1e} (allowed {result.golden_max:.0e})",
+        )
+        for key in ("num_clips", "baseline_top1_percent", "top1_percent", "agreement_percent",
+                    "cosine_min", "sqnr_db"):  # fmt: skip
+            value = result.metrics.get(key)
+            if value is not None:
+                table.add_row(key, f"{value:g}" if isinstance(value, int) else f"{value:.4f}")
+        table.add_row("gate", f"{result.verdict.outcome}: {result.verdict.reason}")
+        self._out.print(table)
+
+    def plan(self, plan: CompressionPlan, path: Path) -> None:
+        """A plan, layer by layer."""
+        if self._json:
+            self._print_json({"plan": plan.as_dict(), "path": str(path)})
+            return
+        self._print_plan(plan)
+        self._out.print(Text(f"next     vcompress apply {path} MODEL --output out/"))
+
+    def inspect(self, path: Path) -> None:
+        """An artifact, a plan or an ONNX file."""
+        if path.is_dir() or path.name == MANIFEST:
+            self._inspect_artifact(Artifact.open(path if path.is_dir() else path.parent))
+        elif path.suffix == ".json":
+            self.plan(CompressionPlan.load(path), path)
+        elif path.suffix == ".onnx":
+            self._inspect_onnx(path)
+        else:
+            message = f"{path}: inspect reads an artifact directory, a plan.json or an .onnx file"
+            raise InputError(message)
+
+    def _inspect_artifact(self, artifact: Artifact) -> None:
+        plan_path, report_path = artifact.file("plan"), artifact.file("report")
+        if plan_path is None or report_path is None:
+            message = f"{artifact.path} has no plan or no report; make the artifact again"
+            raise InputError(message)
+        plan, report = CompressionPlan.load(plan_path), strict_json.read(report_path)
+        if self._json:
+            self._print_json(
+                {"manifest": artifact.manifest, "plan": plan.as_dict(), "report": report}
+            )
+            return
+        from vcompress.validate.closing import closing_table
+
+        self._print_plan(plan)
+        table = _table(("", "baseline", "result", "change"), right=(1, 2))
+        for row in closing_table(report):
+            table.add_row(*(Text(cell) for cell in row))
+        self._out.print(table)
+        files = _table(("file", "role", "bytes", "sha256"), right=(2,))
+        for entry in artifact.manifest["files"]:
+            files.add_row(
+                Text(entry["path"]), entry["role"], f"{entry['bytes']:,}", entry["sha256"][:12]
+            )
+        self._out.print(files)
+
+    def _inspect_onnx(self, path: Path) -> None:
+        from vcompress.export.readback import read_precision
+
+        layers = read_precision(path, prefix="model.").layers
+        if self._json:
+            self._print_json({
+                "layers": {
+                    name: {"weight": layer.weight_format, "input": layer.input_format}
+                    for name, layer in layers.items()
+                }
+            })  # fmt: skip
+            return
+        table = _table(("layer", "weight in the file", "input in the file"))
+        for name, layer in layers.items():
+            table.add_row(Text(name), layer.weight_format, layer.input_format)
+        self._out.print(table)
+
+    def capabilities(self, found: Sequence[Capability]) -> None:
+        """The findings of `doctor`."""
+        if self._json:
+            from dataclasses import asdict
+
+            self._print_json({"capabilities": [asdict(entry) for entry in found]})
+            return
+        table = _table(("", "status", "detail", "remedy"))
+        for entry in found:
+            style = _STATUS_STYLES.get(entry.status, "")
+            table.add_row(
+                Text(entry.name), Text(entry.status, style=style), Text(entry.detail),
+                Text(entry.remedy or ""),
+            )  # fmt: skip
+        self._out.print(table)
+
+    def _print_plan(self, plan: CompressionPlan) -> None:
+        grid = plan.model.get("token_grid")
+        self._out.print(Text(
+            f"{plan.model.get('name')} ({plan.model.get('family')}) -> {plan.target}, calibrated on "
+            f"{plan.evidence.get('num_clips')} clips with {plan.evidence.get('algorithm')}"
+            + (f", tokens {'x'.join(map(str, grid))}" if grid else "")
+        ))  # fmt: skip
+        if plan.tokens is not None:
+            merged = ", ".join(f"{name} {count}" for name, count in plan.tokens.merge.items())
+            weighting = "proportional attention" if plan.tokens.proportional else "plain attention"
+            self._out.print(Text(f"tokens   {plan.tokens.technique}, {weighting}: {merged}"))
+        table = _table(("layer", "format", "score", "reason"), right=(2,))
+        for name, choice in plan.quantize.items():
+            score = "" if choice.score is None else f"{choice.score:.4f}"
+            table.add_row(Text(name), choice.format, score, Text(choice.reason))
+        self._out.print(table)
+
+    def _print_json(self, data: dict[str, Any]) -> None:
+        data = {"schema": 1, **data}
+        data.setdefault("warnings", self._warnings)
+        print(json.dumps(data, allow_nan=False))
+
+
+def _table(headers: Sequence[str], right: Sequence[int] = ()) -> Table:
+    """A table without frames, which can be pasted."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="right" if index in right else "left", overflow="fold")
+    return table

@@ -1,0 +1,135 @@
+"""The plan file: strict, complete, one layer a line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vcompress.spec.errors import InputError
+from vcompress.spec.plan import (
+    CompressionPlan,
+    LayerChoice,
+    LayerFacts,
+    TokenSection,
+    check_plan,
+)
+
+LAYERS = {
+    "patch": LayerFacts(kind="conv3d", weight_shape=(32, 1, 2, 8, 8)),
+    "blocks.0.fc": LayerFacts(kind="linear", weight_shape=(64, 32)),
+    "blocks.1.fc": LayerFacts(kind="linear", weight_shape=(64, 32)),
+    "odd": LayerFacts(kind="linear", weight_shape=(4, 30)),
+}
+DIGEST = "ab" * 32
+
+
+def make_plan(**formats: str) -> CompressionPlan:
+    chosen = {"patch": "int8", "blocks.0.fc": "nvfp4", "blocks.1.fc": "nvfp4", "odd": "keep"}
+    chosen |= {name.replace("__", "."): value for name, value in formats.items()}
+    return CompressionPlan(
+        target="nvfp4",
+        seed=0,
+        model={"family": "videomae", "weights_sha256": DIGEST},
+        evidence={"num_clips": 4},
+        quantize={
+            name: LayerChoice(format=value, reason="because", input_amax=1.5, score=0.01)
+            for name, value in chosen.items()
+        },
+    )
+
+
+def check(plan: CompressionPlan) -> None:
+    check_plan(plan, layers=LAYERS, blocks=("blocks.0", "blocks.1"), weights_sha256=DIGEST)
+
+
+def test_a_plan_survives_its_file() -> None:
+    plan = make_plan()
+    assert CompressionPlan.from_dict(json.loads(plan.to_json())) == plan
+
+
+def test_each_layer_is_one_line() -> None:
+    lines = [line for line in make_plan().to_json().splitlines() if '"format"' in line]
+    assert len(lines) == len(LAYERS)
+    assert all(line.strip().startswith('"') and "reason" in line for line in lines)
+
+
+def test_floats_have_six_significant_digits() -> None:
+    choice = LayerChoice(format="int8", reason="", input_amax=1 / 3, score=2 / 3)
+    assert choice.as_dict()["input_amax"] == 0.333333
+    assert choice.as_dict()["score"] == 0.6667
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"sed": 1}, "did you mean 'seed'"),
+        ({"schema": 2}, "schema must be 1, got 2"),
+        ({"quantize": {"patch": {"format": "nvfp5", "reason": ""}}}, "did you mean 'nvfp4'"),
+        ({"quantize": {"patch": {"format": "int8", "reason": "", "bits": 3}}}, "unknown key 'bits'"),
+        ({"quantize": {"patch": {"reason": ""}}}, "missing key 'format'"),
+        (
+            {"quantize": {"patch": {"format": "int8", "reason": "", "input_amax": -1}}},
+            "input_amax must be a number >= 0, got -1",
+        ),
+        ({"tokens": {"technique": "x"}}, "tokens: missing key"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_wrong_plan_says_what_is_wrong(change: dict[str, object], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        CompressionPlan.from_dict({**make_plan().as_dict(), **change})
+
+
+def test_all_misfits_stand_in_one_message() -> None:
+    plan = make_plan(odd="nvfp4", patch="nvfp4", blocks__0__fcc="int8")
+    plan = dataclasses.replace(
+        plan,
+        tokens=TokenSection(
+            technique="bipartite_soft_matching", proportional=False, num_tokens=8,
+            merge={"block.0": 1},
+        ),
+    )  # fmt: skip
+    with pytest.raises(InputError) as caught:
+        check(plan)
+    message = str(caught.value)
+    assert "odd: nvfp4 needs a contraction size divisible by 16, got 30" in message
+    assert "patch: nvfp4 is defined for linear layers, not conv3d" in message
+    assert "no such layer; did you mean 'blocks.0.fc'" in message
+    assert "tokens.merge.block.0: no such block; did you mean 'blocks.0'" in message
+
+
+def test_a_missing_layer_and_foreign_weights_are_found() -> None:
+    plan = make_plan()
+    rest = {name: choice for name, choice in plan.quantize.items() if name != "patch"}
+    with pytest.raises(InputError, match="layer patch is missing"):
+        check(dataclasses.replace(plan, quantize=rest))
+    with pytest.raises(InputError, match="made for weights cdcd"):
+        check(dataclasses.replace(plan, model={"weights_sha256": "cd" * 32}))
+    check(plan)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    # Hostile text must end in an InputError, never in another exception.
+    from vcompress.spec import strict_json
+
+    try:
+        CompressionPlan.from_dict(strict_json.parse(text, "plan"))
+    except InputError:
+        return
+    pytest.fail("random text was taken for a plan")
+
+
+def test_duplicate_keys_and_nan_are_refused() -> None:
+    from vcompress.spec import strict_json
+
+    with pytest.raises(InputError, match="given twice: a"):
+        strict_json.parse('{"a": 1, "a": 2}', "plan")
+    with pytest.raises(InputError, match="NaN is not allowed"):
+        strict_json.parse('{"a": NaN}', "plan")
+    with pytest.raises(InputError, match="not valid JSON"):
+        strict_json.parse("[" * 100_000, "plan")

@@ -1,0 +1,217 @@
+"""The command line as a user meets it: what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vcompress import cli
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
+    """Exit code and error message of `vcompress ARGUMENTS`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["vcompress", *map(str, arguments)])
+    code, message = cli._run()
+    return code, message or ""
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of the small reference model, int8."""
+    from vcompress import pipeline
+
+    output = tmp_path_factory.mktemp("cli") / "out"
+    source = "reference:penvideo20"
+    options = pipeline.Options(
+        target="int8", calib=source, output=output, num_clips=16, num_test_clips=48
+    )
+    pipeline.quantize(source, options=options)
+    return output
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['vcompress', '--help']\n"
+        "from vcompress import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'numpy', 'onnx', 'transformers', 'rich', 'av'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+        assert "vcompress quantize model.pt --target nvfp4" in done.stdout
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["quantize", "m.pt", "--target", "fp4"], 2, ""),
+        (["quantize", "m.pt"], 2, ""),
+        (["quantize", "absent.pt", "--target", "int8", "--calib", "x"], 2, "no such file"),
+        (["quantize", "reference:penvideo20", "--target", "int8"], 2, "add --calib"),
+        (
+            ["quantize", "reference:penvideo20", "--target", "int8", "--calib", "absent/"],
+            2, "absent/: no such file or folder of clips",
+        ),
+        (
+            ["quantize", "reference:penvideo20", "--target", "int8", "--calib",
+             "reference:penvideo20", "--tokens", "1.5"],
+            2, "--tokens must be above 0 and at most 1",
+        ),
+        (["inspect", "absent"], 2, "inspect reads"),
+        (["validate", "."], 2, "is not an artifact"),
+        (["apply", "absent.json", "m.pt"], 2, "cannot read absent.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_wrong_input_ends_with_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], code: int, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    actual, message = run(monkeypatch, *arguments)
+    assert actual == code
+    assert expected in message
+    assert "Traceback" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_files_leave_one_line_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "corrupt.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "wrong.npz", clips=np.zeros((4, 16, 8, 8, 1), np.uint8))
+    reference = ["quantize", "reference:penvideo20", "--target", "int8", "-o", tmp_path / "out"]
+    for arguments, expected in (
+        (["quantize", tmp_path / "corrupt.pt", "--target", "int8", "--calib", "x"], "corrupt.pt"),
+        ([*reference, "--calib", tmp_path / "empty"], "empty"),
+        ([*reference, "--calib", tmp_path / "wrong.npz"], "16, 8, 8, 1"),
+    ):
+        code, message = run(monkeypatch, *arguments)
+        assert code == 2, message
+        assert expected in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_read_only_place_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # /proc takes no directories from anybody, whatever the user's rights are.
+    source = "reference:penvideo20"
+    started = time.monotonic()
+    code, message = run(
+        monkeypatch, "quantize", source, "--target", "int8", "--calib", source, "-o", "/proc/out"
+    )
+    assert code == 2
+    assert "/proc" in message
+    assert time.monotonic() - started < 20
+
+
+def test_quantize_prints_one_json_object(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "reference:penvideo20"
+    code, _ = run(
+        monkeypatch, "quantize", source, "--target", "int8", "--calib", source, "--num-clips", 16,
+        "--num-test-clips", 32, "--no-engine", "-o", tmp_path / "out", "--json", "--quiet",
+    )  # fmt: skip
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert result["exit_code"] == 0
+    assert result["report"]["engines"][0]["status"] == "not built"
+    assert Path(result["artifact"]) == tmp_path / "out"
+
+
+def test_a_missed_bar_is_exit_code_3_and_keeps_the_artifact_aside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = "reference:penvideo20"
+    code, message = run(
+        monkeypatch, "quantize", source, "--target", "nvfp4", "--calib", source, "--num-clips", 16,
+        "--num-test-clips", 32, "--no-engine", "-o", tmp_path / "out", "--quiet",
+        "--min-sqnr", 90,
+    )  # fmt: skip
+    assert code == 3
+    assert "out.rejected" in message
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.rejected/manifest.json").is_file()
+
+
+def test_validate_runs_the_proof_again(
+    monkeypatch: pytest.MonkeyPatch, artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, message = run(monkeypatch, "validate", artifact, "--json", "--quiet")
+    assert code == 0, message
+    result = json.loads(capsys.readouterr().out)
+    report = json.loads((artifact / "report.json").read_text())
+    stage = next(s for s in report["stages"] if s["name"] == report["result_stage"])
+    assert result["metrics"]["top1_percent"] == stage["metrics"]["top1_percent"]
+    assert result["golden_relative_l2"] < 1e-6
+
+
+def test_validate_notices_a_swapped_file(
+    monkeypatch: pytest.MonkeyPatch, artifact: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    content = bytearray((copy / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / "model.onnx").write_bytes(content)
+    code, message = run(monkeypatch, "validate", copy)
+    assert code == 2
+    assert "model.onnx is not the file that the manifest describes" in message
+
+
+def test_inspect_shows_every_layer_and_its_reason(
+    monkeypatch: pytest.MonkeyPatch, artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (artifact, artifact / "plan.json"):
+        assert run(monkeypatch, "inspect", path)[0] == 0
+        printed = capsys.readouterr().out
+        assert "videomae.encoder.layer.3.output.dense" in printed.replace("\n", "")
+        assert "within" in printed
+    assert run(monkeypatch, "inspect", artifact / "model.onnx")[0] == 0
+    assert "int8" in capsys.readouterr().out
+
+
+def test_doctor_tells_what_this_machine_can_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "doctor", "--json")[0] == 0
+    found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["capabilities"]}
+    assert any(torch.__version__.split("+")[0] in entry["detail"] for entry in found.values())
+    assert {entry["status"] for entry in found.values()} <= {"works", "simulated", "missing"}
+
+
+def test_a_bug_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("vcompress.terminal.Console.inspect", fail)
+    code, message = run(monkeypatch, "inspect", tmp_path)
+    assert code == 1
+    assert "a bug in vcompress: RuntimeError: boom" in message
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vcompress.terminal.Console.inspect", interrupt)
+    assert run(monkeypatch, "inspect", tmp_path)[0] == 130

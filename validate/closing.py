@@ -1,0 +1,137 @@
+"""The closing table: what a run comes to, in a dozen lines on a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from vcompress.validate.report_types import Report, Stage
+from vcompress.validate.wording import UNKNOWN, change_percent, fixed, sqnr, times, weights_mib
+
+__all__ = ["closing_notes", "closing_table", "find_stage", "latency_baseline"]
+
+Row = tuple[str, str, str, str]
+
+
+def find_stage(report: Report, name: str) -> Stage:
+    """The stage called `name`."""
+    return next(stage for stage in report["stages"] if stage["name"] == name)
+
+
+def latency_baseline(report: Report) -> Stage:
+    """The stage that the result's speed is measured against: by default the first."""
+    speed = (find_stage(report, report["result_stage"])["latency"] or {}).get("speed") or {}
+    names = {stage["name"] for stage in report["stages"]}
+    versus = speed.get("versus")
+    return find_stage(report, versus) if versus in names else report["stages"][0]
+
+
+def closing_table(report: Report) -> list[Row]:
+    """Rows of (label with unit, baseline, result, change and remark), plain ASCII text.
+
+    A row is there even where its number is not: then it says `n/a` and why.
+    """
+    sizes, precision = report["sizes"], report["precision"]
+    before, after = sizes["baseline_weights_mib"], sizes["result_weights_mib"]
+    rows: list[Row] = [
+        ("weights (MiB)", weights_mib(before), weights_mib(after), change_percent(before, after)),
+        (
+            "effective bits",
+            fixed(precision["baseline_effective_bits"], 2),
+            fixed(precision["result_effective_bits"], 2),
+            "scales counted",
+        ),
+    ]
+    tokens = report["tokens"]
+    if tokens is not None:
+        first, last = tokens["num_tokens_baseline"], tokens["num_tokens_result"]
+        rows.append(("tokens", str(first), str(last), change_percent(first, last)))
+    return [*rows, *_latency_rows(report), *_quality_rows(report)]
+
+
+def _latency_rows(report: Report) -> list[Row]:
+    baseline, result = latency_baseline(report), find_stage(report, report["result_stage"])
+    old, new = baseline["latency"] or {}, result["latency"]
+    label = "latency p50 (ms)"
+    if result["batch_size"] is not None:
+        label = f"latency p50 (ms, B={result['batch_size']})"
+    if new is None:
+        return [(label, fixed(old.get("p50_ms"), 2), UNKNOWN, str(result["latency_reason"]))]
+    remark = f"{new['num_runs']} runs after {new['num_warm_up']} warm-up"
+    speed = new.get("speed")
+    if speed is not None:
+        interval = ""
+        if speed["speed_ratio_lower"] is not None:
+            interval = f" [{speed['speed_ratio_lower']:.2f}, {speed['speed_ratio_upper']:.2f}]"
+        remark = f"{times(speed['speed_ratio'])}{interval}  {remark}"
+    rows = [(label, fixed(old.get("p50_ms"), 2), fixed(new["p50_ms"], 2), remark)]
+    if new["p90_ms"] is not None:
+        change = change_percent(old.get("p90_ms"), new["p90_ms"])
+        rows.append(
+            ("latency p90 (ms)", fixed(old.get("p90_ms"), 2), fixed(new["p90_ms"], 2), change)
+        )
+    return rows
+
+
+def _quality_rows(report: Report) -> list[Row]:
+    result = find_stage(report, report["result_stage"])
+    metrics = result["metrics"]
+    if metrics is None:
+        return [("quality", UNKNOWN, UNKNOWN, str(result["metrics_reason"]))]
+    rows: list[Row] = []
+    gate = _gate_remark(report)
+    clips = f"{metrics['num_clips']} clips"
+    if metrics.get("top1_percent") is not None:
+        change = fixed(-metrics["top1_drop_points"], 2, "pt")
+        change = change if change.startswith(("-", "0.00")) else f"+{change}"
+        rows.append((
+            f"top-1 (%, {clips})",
+            fixed(metrics["baseline_top1_percent"], 2),
+            fixed(metrics["top1_percent"], 2),
+            f"{change}  {gate}".rstrip(),
+        ))  # fmt: skip
+        gate = ""
+    if metrics.get("agreement_percent") is not None:
+        agreement = fixed(metrics["agreement_percent"], 2)
+        rows.append((f"agreement (%, {clips})", "100.00", agreement, gate))
+        gate = ""
+    rows.append(("cosine, worst clip", "1.0000", fixed(metrics["cosine_min"], 4), gate))
+    rows.append(("SQNR of outputs", "", sqnr(metrics), ""))
+    return rows
+
+
+def _gate_remark(report: Report) -> str:
+    verdict = report["verdict"]
+    bar: Any = verdict["max_drop_points"]
+    unit = "pt"
+    if bar is None:
+        bar, unit = verdict["min_sqnr_db"], "dB"
+    return (
+        f"gate: {verdict['outcome']}"
+        if bar is None
+        else (f"gate {bar:.2f} {unit}: {verdict['outcome']}")
+    )
+
+
+def closing_notes(report: Report) -> list[tuple[str, str]]:
+    """What stands below the table: (word, text) for layers, tokens, engines and the verdict."""
+    counts = Counter(layer["format"] for layer in report["layers"])
+    notes = [("layers", ", ".join(f"{count} {name}" for name, count in counts.most_common()))]
+    tokens = report["tokens"]
+    if tokens is not None:
+        merged = sum(1 for count in tokens["num_merged_by_block"].values() if count)
+        notes.append(("tokens", f"{tokens['technique']}, merged after {merged} blocks"))
+    for engine in report["engines"]:
+        name = engine["runtime"] + (f" SM{engine['sm']}" if engine["sm"] else "")
+        text = (
+            engine["status"]
+            if engine["reason"] is None
+            else (f"{engine['status']}: {engine['reason']}")
+        )
+        notes.append(("engine", f"{name} {text}"))
+    skipped = report["clips"]["skipped"]
+    if skipped:
+        notes.append(("clips", f"{len(skipped)} skipped, first: {skipped[0]['name']} "
+                               f"({skipped[0]['reason']})"))  # fmt: skip
+    notes += [("warning", text) for text in report["warnings"]]
+    return [*notes, ("verdict", f"{report['verdict']['outcome']}. {report['verdict']['reason']}")]

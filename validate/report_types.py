@@ -1,0 +1,158 @@
+"""The shape of `report.json`, schema 1.
+
+Plain data throughout: what cannot be known is null and says why beside it. Every number has its
+unit in its key: `_mib`, `_kib`, `_bytes`, `_ms`, `_seconds`, `_db`, `_percent`, `_points`
+(percentage points), `_bits`, `num_` for counts; ratios (`cosine`, `relative_l2`, `score`,
+`speed_ratio`) have none. Baseline and result stand side by side.
+"""
+
+# No postponed annotations here: with them `NotRequired` is not seen at run time.
+from typing import Any, NotRequired, TypedDict
+
+__all__ = [
+    "ClipSet", "Clips", "Engine", "FileSize", "Layer", "Model", "Precision", "Report", "Sizes",
+    "SkippedClip", "Stage", "Tokens",
+]  # fmt: skip
+
+
+class Model(TypedDict):
+    """What was compressed."""
+
+    name: str
+    family: str
+    task: str
+    weights_sha256: str
+    num_parameters: int
+    num_classes: NotRequired[int | None]
+
+
+class Stage(TypedDict):
+    """One form of the model, from the baseline to the engine, in the order of the chain.
+
+    `metrics` (see `metrics.compare_outputs`) compare with the baseline, `metrics_versus_previous`
+    with the stage before; `parity` is `ParityResult.as_dict()` against the previous stage, and
+    `latency` is `LatencyStatistics.as_dict()`. Where one is null, its `_reason` says why.
+    """
+
+    name: str
+    about: str
+    runtime: str | None
+    metrics: dict[str, Any] | None
+    metrics_reason: str | None
+    metrics_versus_previous: dict[str, Any] | None
+    parity: dict[str, Any] | None
+    latency: dict[str, Any] | None
+    latency_reason: str | None
+    batch_size: int | None
+
+
+class FileSize(TypedDict):
+    """A file of the artifact."""
+
+    path: str
+    role: str
+    bytes: int
+
+
+class Sizes(TypedDict):
+    """What the weights take, and every file."""
+
+    baseline_weights_mib: float
+    result_weights_mib: float
+    files: list[FileSize]
+
+
+class Precision(TypedDict):
+    """Bits a parameter, scales counted; `read_back_from` is the file that the formats stand in."""
+
+    baseline_effective_bits: float
+    result_effective_bits: float
+    read_back_from: str | None
+
+
+class Layer(TypedDict):
+    """One candidate layer of the plan, in model order.
+
+    `score` is the relative error of the enclosing block's output with this layer alone
+    quantized. `block` is the full name of the enclosing block, None outside the blocks; without
+    the key it is guessed from the name.
+    """
+
+    name: str
+    format: str
+    score: float | None
+    reason: str
+    weight_kib: float
+    block: NotRequired[str | None]
+
+
+class Tokens(TypedDict):
+    """Token merging: what enters the first block, what leaves the last, what each gives away."""
+
+    technique: str
+    num_tokens_baseline: int
+    num_tokens_result: int
+    num_merged_by_block: dict[str, int]
+
+
+class Engine(TypedDict):
+    """An engine build: status "built", "failed" or "not built"; a reason unless built."""
+
+    runtime: str
+    sm: str | None
+    status: str
+    seconds: float | None
+    bytes: int | None
+    reason: str | None
+    command: NotRequired[str | None]
+
+
+class ClipSet(TypedDict):
+    """A set of clips and its digest."""
+
+    source: str
+    num_clips: int
+    sha256: str
+
+
+class SkippedClip(TypedDict):
+    """A clip that could not be used."""
+
+    name: str
+    reason: str
+
+
+class Clips(TypedDict):
+    """The clips that the result was tested on, those that calibrated it, and those left out."""
+
+    test: ClipSet
+    calibration: ClipSet | None
+    skipped: list[SkippedClip]
+
+
+class Report(TypedDict):
+    """The whole report.
+
+    `result_stage` names the stage whose numbers are the result; the first stage is the baseline.
+    `verdict` is `Verdict.as_dict()`, `device` is `describe_device()` and may say more.
+    """
+
+    schema: int
+    vcompress: str
+    created: str
+    command: str
+    seed: int
+    target: str
+    model: Model
+    verdict: dict[str, Any]
+    result_stage: str
+    stages: list[Stage]
+    sizes: Sizes
+    precision: Precision
+    layers: list[Layer]
+    tokens: Tokens | None
+    engines: list[Engine]
+    clips: Clips
+    device: dict[str, Any]
+    versions: dict[str, str]
+    warnings: list[str]
