@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import vcompress
+from vcompress.spec.defaults import MAX_LAYER_ERROR, NUM_CLIPS, NUM_TEST_CLIPS
 from vcompress.spec.errors import QualityGateError, VcompressError
 from vcompress.spec.target import TARGETS
 
@@ -44,77 +45,115 @@ def cli() -> None:
     """Compress a trained video model and prove what it can still do."""
 
 
-def _common(function: _F) -> _F:
-    """--json and --quiet, accepted after every verb."""
-    function = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)
-    return click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")(function)
+def _with_options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
+    """One decorator out of several, which `--help` lists in this order."""
+
+    def decorate(function: _F) -> _F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
-def _model_options(function: _F) -> _F:
-    """How MODEL is loaded."""
-    for option in reversed(
-        (
-            click.option("--arch", metavar="MODULE:CALLABLE", help="Builds the architecture of a bare state dict."),
-            click.option(
-                "--input-spec", metavar="LAYOUT:TYPE:SIZES",
-                help="Input of a model that no adapter knows, e.g. NCTHW:float32:1x3x16x112x112.",
-            ),
-            click.option("--trust-pickle", is_flag=True, help="Unpickle whole modules. Runs code from the file."),
-            click.option("--clip-stride", type=click.IntRange(1), help="Take every n-th frame of a video."),
-            click.option("--fps", type=float, help="Resample videos to this frame rate first."),
-            click.option(
-                "--task", type=click.Choice(["classify", "embed", "restore", "generic"]),
-                help="What the output means, where the model does not say.",
-            ),
-        )
-    ):  # fmt: skip
-        function = option(function)
-    return function
+_common = _with_options(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress on standard error."),
+)
 
+_model_options = _with_options(
+    click.option(
+        "--arch",
+        metavar="MODULE:CALLABLE",
+        help="Builds the architecture of a bare state dict.",
+    ),
+    click.option(
+        "--input-spec",
+        metavar="LAYOUT:TYPE:SIZES",
+        help="Input of a model that no adapter knows, e.g. NCTHW:float32:1x3x16x112x112.",
+    ),
+    click.option(
+        "--trust-pickle", is_flag=True, help="Unpickle whole modules. Runs code from the file."
+    ),
+    click.option("--clip-stride", type=click.IntRange(1), help="Take every n-th frame of a video."),
+    click.option("--fps", type=float, help="Resample videos to this frame rate first."),
+    click.option(
+        "--task",
+        type=click.Choice(["classify", "embed", "restore", "generic"]),
+        help="What the output means, where the model does not say.",
+    ),
+)
 
-def _plan_options(function: _F) -> _F:
-    """What decides."""
-    from vcompress.spec.defaults import MAX_LAYER_ERROR, NUM_CLIPS
+_plan_options = _with_options(
+    click.option(
+        "--target", required=True, type=click.Choice(list(TARGETS)), help="The deployment."
+    ),
+    click.option(
+        "--calib",
+        metavar="PATH",
+        help="Clips to calibrate on: a folder of videos, an .npz or a .pt file.",
+    ),
+    click.option(
+        "--num-clips",
+        default=NUM_CLIPS,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Calibration clips.",
+    ),
+    click.option(
+        "--tokens",
+        type=float,
+        metavar="RATIO",
+        help="Merge tokens: mean share that a block keeps, e.g. 0.7.",
+    ),
+    click.option(
+        "--algorithm",
+        default="max",
+        show_default=True,
+        type=click.Choice(["max", "modelopt-max", "smoothquant", "awq"]),
+        help="How inputs are calibrated; all but max use modelopt.",
+    ),
+    click.option(
+        "--max-layer-error",
+        default=MAX_LAYER_ERROR,
+        show_default=True,
+        type=float,
+        help="Error of a block's output that one layer may cause before it gets more bits.",
+    ),
+    click.option("--seed", default=0, show_default=True, type=int, help="Of every random choice."),
+)
 
-    for option in reversed(
-        (
-            click.option("--target", required=True, type=click.Choice(list(TARGETS)), help="The deployment."),
-            click.option("--calib", metavar="PATH", help="Clips to calibrate on: a folder of videos, .npz or .pt."),
-            click.option("--num-clips", default=NUM_CLIPS, show_default=True, type=click.IntRange(1), help="Calibration clips."),
-            click.option("--tokens", type=float, metavar="RATIO", help="Merge tokens: mean share that a block keeps, e.g. 0.7."),
-            click.option(
-                "--algorithm", default="max", show_default=True,
-                type=click.Choice(["max", "modelopt-max", "smoothquant", "awq"]),
-                help="How activations are calibrated; all but max use modelopt.",
-            ),
-            click.option(
-                "--max-layer-error", default=MAX_LAYER_ERROR, show_default=True, type=float,
-                help="Error of a block's output that one layer may cause before it gets more bits.",
-            ),
-            click.option("--seed", default=0, show_default=True, type=int, help="Of every random choice."),
-        )
-    ):  # fmt: skip
-        function = option(function)
-    return function
-
-
-def _proof_options(function: _F) -> _F:
-    """What proves."""
-    from vcompress.spec.defaults import NUM_TEST_CLIPS
-
-    for option in reversed(
-        (
-            click.option("--data", metavar="PATH", help="Test clips, in folders by class. Default: a held-out part of --calib."),
-            click.option("--num-test-clips", default=NUM_TEST_CLIPS, show_default=True, type=click.IntRange(1), help="Test clips."),
-            click.option("--max-drop", type=click.FloatRange(0), metavar="POINTS", help="Exit with 3 if top-1 drops more. Default: 1.0 if the clips have labels."),
-            click.option("--min-sqnr", type=float, metavar="DB", help="Exit with 3 if the output's SQNR is lower."),
-            click.option("--engine/--no-engine", default=True, show_default=True, help="Build the TensorRT-RTX engine."),
-            click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: NAME-TARGET/."),
-            click.option("--force", is_flag=True, help="Replace an artifact that is already there."),
-        )
-    ):  # fmt: skip
-        function = option(function)
-    return function
+_proof_options = _with_options(
+    click.option(
+        "--data",
+        metavar="PATH",
+        help="Test clips, in folders by class. Default: a held-out part of --calib.",
+    ),
+    click.option(
+        "--num-test-clips",
+        default=NUM_TEST_CLIPS,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Test clips, at most.",
+    ),
+    click.option(
+        "--max-drop",
+        type=click.FloatRange(0),
+        metavar="POINTS",
+        help="Exit with 3 if top-1 drops more. Default: 1.0 if the clips have labels.",
+    ),
+    click.option(
+        "--min-sqnr", type=float, metavar="DB", help="Exit with 3 if the outputs' SQNR is lower."
+    ),
+    click.option(
+        "--engine/--no-engine",
+        default=True,
+        show_default=True,
+        help="Build the TensorRT-RTX engine.",
+    ),
+    click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: NAME-TARGET/."),
+    click.option("--force", is_flag=True, help="Replace an artifact that is already there."),
+)
 
 
 def _load_options(values: dict[str, Any]) -> LoadOptions:
@@ -150,7 +189,9 @@ def quantize(model: str, as_json: bool, quiet: bool, **values: Any) -> None:
 @cli.command()
 @click.argument("model")
 @_plan_options
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("plan.json"), show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("plan.json"), show_default=True
+)
 @_model_options
 @_common
 def plan(model: str, output: Path, as_json: bool, quiet: bool, **values: Any) -> None:
@@ -169,7 +210,9 @@ def plan(model: str, output: Path, as_json: bool, quiet: bool, **values: Any) ->
 @cli.command()
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.argument("model")
-@click.option("--calib", metavar="PATH", help="Only for the golden clips and the held-out test clips.")
+@click.option(
+    "--calib", metavar="PATH", help="Only for the golden clips and the held-out test clips."
+)
 @_proof_options
 @_model_options
 @_common
@@ -189,7 +232,9 @@ def apply(plan_file: Path, model: str, as_json: bool, quiet: bool, **values: Any
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--data", metavar="PATH", help="Other test clips than those of the report.")
-@click.option("--max-drop", type=click.FloatRange(0), metavar="POINTS", help="Default: the bar of the report.")
+@click.option(
+    "--max-drop", type=click.FloatRange(0), metavar="POINTS", help="Default: the bar of the report."
+)
 @_common
 def validate(
     artifact: Path, data: str | None, max_drop: float | None, as_json: bool, quiet: bool
@@ -227,7 +272,13 @@ def doctor(as_json: bool, quiet: bool) -> None:
 
 @cli.command()
 @click.option("--target", type=click.Choice(list(TARGETS)), default="nvfp4", show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("vcompress-demo"), show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("vcompress-demo"),
+    show_default=True,
+)
 @_common
 def demo(target: str, output: Path, as_json: bool, quiet: bool) -> None:
     """Compress a recogniser that ships with vcompress. Needs no file and no network."""

@@ -75,7 +75,9 @@ class Console:
             return
         report = outcome.report
         self._out.print(
-            Text(f"vcompress {report['vcompress']}  {report['model']['name']} -> {report['target']}")
+            Text(
+                f"vcompress {report['vcompress']}  {report['model']['name']} -> {report['target']}"
+            )
         )
         table = _table(("", "baseline", "result", "change"), right=(1, 2))
         for row in closing_table(report):
@@ -185,9 +187,10 @@ class Console:
 
     def _print_plan(self, plan: CompressionPlan) -> None:
         grid = plan.model.get("token_grid")
+        model, evidence = plan.model, plan.evidence
         self._out.print(Text(
-            f"{plan.model.get('name')} ({plan.model.get('family')}) -> {plan.target}, calibrated on "
-            f"{plan.evidence.get('num_clips')} clips with {plan.evidence.get('algorithm')}"
+            f"{model.get('name')} ({model.get('family')}) -> {plan.target}, calibrated on "
+            f"{evidence.get('num_clips')} clips with {evidence.get('algorithm')}"
             + (f", tokens {'x'.join(map(str, grid))}" if grid else "")
         ))  # fmt: skip
         if plan.tokens is not None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from vcompress.calib.clips import Clips
 from vcompress.calib.load import load_clips
 from vcompress.models.reference.catalog import Part, reference_clips
@@ -58,12 +56,10 @@ def open_clips(
         labels: class names that folders are matched with.
     """
     if source.startswith(REFERENCE_PREFIX):
-        frames, classes = reference_clips(source.removeprefix(REFERENCE_PREFIX), part)
-        order = np.random.default_rng(seed).permutation(len(classes))[:limit]
-        chosen = np.sort(order)
-        return Clips.from_frames(
-            frames[chosen], spec, labels=classes[chosen], names=[f"{part}-{n:05d}" for n in chosen]
+        frames, classes, names = reference_clips(
+            source.removeprefix(REFERENCE_PREFIX), part, limit=limit, seed=seed
         )
+        return Clips.from_frames(frames, spec, labels=classes, names=names)
     if not Path(source).exists():
         message = f"{source}: no such file or folder of clips"
         raise InputError(message)

@@ -91,25 +91,22 @@ def _modelopt() -> Any:
 
 
 def _fake_nvfp4(x: torch.Tensor, quantizer: Any) -> torch.Tensor:
-    """modelopt's hook: quantize and dequantize `x` along its last axis with our NVFP4."""
+    """Be modelopt's backend: quantize and dequantize `x` along its last axis with our NVFP4."""
     from vcompress.compress.numerics.nvfp4 import quantize_dequantize
 
     amax = getattr(quantizer, "_amax", None)
     largest = x.abs().amax() if amax is None else amax.amax()
-    return quantize_dequantize(x.float(), largest.float() / (6 * 448)).to(x.dtype)
+    simulated: torch.Tensor = quantize_dequantize(x.float(), largest.float() / (6 * 448))
+    return simulated.to(x.dtype)
 
 
 def _quantizer_rules(formats: Mapping[str, str]) -> list[dict[str, Any]]:
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for layer, format_name in formats.items():
         for quantizer in ("weight_quantizer", "input_quantizer"):
-            rules.append(
-                {
-                    "quantizer_name": f"{layer}.{quantizer}",
-                    "cfg": _quantizer_config(format_name, quantizer),
-                    "enable": True,
-                }
-            )
+            config = _quantizer_config(format_name, quantizer)
+            name = f"{layer}.{quantizer}"
+            rules.append({"quantizer_name": name, "cfg": config, "enable": True})
     return rules
 
 

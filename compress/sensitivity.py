@@ -51,7 +51,9 @@ def recorded_inputs(model: VideoModel, names: set[str], clips: torch.Tensor) -> 
     calls: dict[str, Call] = {}
 
     def recorder(name: str) -> Callable[..., None]:
-        def record(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        def record(
+            _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+        ) -> None:
             calls.setdefault(name, Call(arguments, keywords))
 
         return record

@@ -91,13 +91,16 @@ def read_precision(path: Path, *, prefix: str = "") -> FilePrecision:
         prefix: taken off the layers' names, for instance that of a module around the model.
 
     Raises:
-        InputError: the file is not ONNX.
+        InputError: the file is not ONNX or has no graph.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's decoder and the file system have a dozen between them
         message = f"cannot read {path} as ONNX: {error}; export it again"
         raise InputError(message) from error
+    if not model.graph.node:
+        message = f"{path} holds no graph; export it again"
+        raise InputError(message)
     graph = _Graph(model.graph)
     layers: dict[str, LayerInFile] = {}
     unnamed: dict[str, LayerInFile] = {}

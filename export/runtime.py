@@ -19,11 +19,18 @@ import numpy as np
 import numpy.typing as npt
 
 from vcompress.spec.errors import BuildError, InputError, MissingCapabilityError
+from vcompress.spec.strict_json import nearest
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["INTEGER_KERNELS", "Session", "available_providers", "open_session"]
+__all__ = [
+    "INTEGER_KERNELS",
+    "Session",
+    "available_providers",
+    "open_session",
+    "run_with_internal_values",
+]
 
 Array = npt.NDArray[Any]
 CPU = "CPUExecutionProvider"
@@ -181,6 +188,42 @@ class Session:
         return dict(sorted(Counter(_operators(graph)).items()))
 
 
+def run_with_internal_values(
+    onnx_path: Path, inputs: Mapping[str, Array], names: Iterable[str]
+) -> dict[str, Array]:
+    """Run once on the CPU; the outputs and the internal values `names` of the graph, by name.
+
+    An internal value that is asked for is kept by ONNX Runtime, so it is not fused away.
+
+    Raises:
+        InputError: no such file, or the graph computes no such value.
+        MissingCapabilityError: ONNX Runtime is not installed.
+        BuildError: ONNX Runtime does not take the model or failed while running.
+    """
+    import onnx
+
+    library = _library()
+    if not onnx_path.is_file():
+        message = f"{onnx_path} is not a file; give an ONNX model"
+        raise InputError(message)
+    model = onnx.load(onnx_path, load_external_data=False)
+    computed = {name for node in model.graph.node for name in node.output}
+    already = {value.name for value in model.graph.output}
+    for name in dict.fromkeys(names):
+        if name not in computed:
+            message = f"{onnx_path.name} computes no value {name!r}{nearest(name, computed)}"
+            raise InputError(message)
+        if name not in already:
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    options = _options(library, None)
+    # The changed model is in memory; its weights may be in files beside the original.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.fspath(onnx_path.parent)
+    )
+    native = _create(library, onnx_path, options, (CPU,), content=model.SerializeToString())
+    return Session(onnx_path, native, None).run_named(inputs)
+
+
 def _options(library: Any, threads: int | None) -> Any:
     options = library.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
@@ -189,10 +232,18 @@ def _options(library: Any, threads: int | None) -> Any:
     return options
 
 
-def _create(library: Any, onnx_path: Path, options: Any, providers: tuple[str, ...]) -> Any:
+def _create(
+    library: Any,
+    onnx_path: Path,
+    options: Any,
+    providers: tuple[str, ...],
+    *,
+    content: bytes | None = None,
+) -> Any:
+    """A session for the file, or for `content` in place of what the file holds."""
     try:
         return library.InferenceSession(
-            os.fspath(onnx_path), sess_options=options, providers=list(providers)
+            content or os.fspath(onnx_path), sess_options=options, providers=list(providers)
         )
     except Exception as error:  # every failure of the native library is an exception of its own
         if "INVALID_PROTOBUF" in str(error):

@@ -13,7 +13,7 @@ Zipser, 1989).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import nn
 
 from vcompress.compress.frozen import FrozenLayer
 from vcompress.export.readback import read_precision
-from vcompress.spec.errors import MissingCapabilityError
+from vcompress.export.runtime import run_with_internal_values
 
 __all__ = ["Ties", "count_ties"]
 
@@ -62,7 +62,7 @@ def count_ties(module: nn.Module, path: Path, x: NDArray[Any]) -> Ties:
     }
     output, codes = _run_with_layer_inputs(path, x, frozen)
     shares: dict[str, tuple[int, int]] = {}
-    with _forced(frozen, codes, shares), torch.inference_mode():
+    with _forced({name: frozen[name] for name in codes}, codes, shares), torch.inference_mode():
         forced = module(torch.from_numpy(x)).float().numpy()
     worst = max(shares, key=lambda name: shares[name][0] / shares[name][1], default="")
     num_differing = sum(differing for differing, _ in shares.values())
@@ -76,32 +76,17 @@ def count_ties(module: nn.Module, path: Path, x: NDArray[Any]) -> Ties:
 
 
 def _run_with_layer_inputs(
-    path: Path, x: NDArray[Any], names: Mapping[str, FrozenLayer]
+    path: Path, x: NDArray[Any], names: Container[str]
 ) -> tuple[NDArray[Any], dict[str, list[torch.Tensor]]]:
     """The output of the file, and the quantized inputs of each layer, in the order of calls."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        message = "running an ONNX file needs ONNX Runtime: pip install onnxruntime"
-        raise MissingCapabilityError(message) from error
-    layers = read_precision(path).layers
-    model = onnx.load(str(path), load_external_data=False)
-    values = {value for name in names for value in layers[name].input_values}
-    known = {value.name: value for value in model.graph.value_info}
-    model.graph.output.extend(known[value] for value in sorted(values))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(path.parent)
-    )
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    output, *inputs = session.run(None, {session.get_inputs()[0].name: x})
-    by_value = dict(zip(sorted(values), inputs, strict=True))
-    return output, {
-        name: [torch.from_numpy(by_value[value]) for value in layers[name].input_values]
-        for name in names
+    # A layer that the output does not depend on is not in the file.
+    layers = {name: found for name, found in read_precision(path).layers.items() if name in names}
+    graph = onnx.load(str(path), load_external_data=False).graph
+    wanted = {value for found in layers.values() for value in found.input_values}
+    values = run_with_internal_values(path, {graph.input[0].name: x}, sorted(wanted))
+    return values[graph.output[0].name], {
+        name: [torch.from_numpy(values[value]) for value in found.input_values]
+        for name, found in layers.items()
     }
 
 

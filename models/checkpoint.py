@@ -21,7 +21,14 @@ from torch import nn
 from vcompress.spec import strict_json
 from vcompress.spec.errors import InputError
 
-__all__ = ["Checkpoint", "check_finite", "load_state", "metadata_of", "read_checkpoint", "read_safetensors"]
+__all__ = [
+    "Checkpoint",
+    "check_finite",
+    "load_state",
+    "metadata_of",
+    "read_checkpoint",
+    "read_safetensors",
+]
 
 _MAX_HEADER_BYTES = 100 * 2**20
 _MAX_TENSORS = 50_000

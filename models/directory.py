@@ -34,7 +34,9 @@ def read_directory(path: Path) -> tuple[nn.Module, str, dict[str, Any]]:
     if "_class_name" in config:
         return _read_diffusers(path, config), str(config["_class_name"]), config
     if "model_type" not in config:
-        message = f"{config_path} names neither model_type (transformers) nor _class_name (diffusers)"
+        message = (
+            f"{config_path} names neither model_type (transformers) nor _class_name (diffusers)"
+        )
         raise InputError(message)
     return _read_transformers(path, config), str(config["model_type"]), config
 
@@ -81,7 +83,9 @@ def clip_from_processor(path: Path, clip: ClipSpec) -> ClipSpec:
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if (path / name).is_file():
             data = strict_json.read(path / name)
-            rescale = float(data.get("rescale_factor", 1 / 255)) if data.get("do_rescale", True) else 1.0
+            rescale = (
+                float(data.get("rescale_factor", 1 / 255)) if data.get("do_rescale", True) else 1.0
+            )
             clip = replace(clip, rescale=rescale)
             if data.get("do_normalize", True) and data.get("image_mean") and data.get("image_std"):
                 clip = replace(clip, mean=tuple(data["image_mean"]), std=tuple(data["image_std"]))

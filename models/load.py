@@ -24,7 +24,14 @@ from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
 from vcompress.spec.strict_json import nearest
 
-__all__ = ["ADAPTERS", "LoadOptions", "from_checkpoint", "load_model", "parse_input_spec", "wrap_module"]
+__all__ = [
+    "ADAPTERS",
+    "LoadOptions",
+    "from_checkpoint",
+    "load_model",
+    "parse_input_spec",
+    "wrap_module",
+]
 
 ADAPTERS: tuple[Adapter, ...] = (VIDEOMAE, VIVIT)
 
@@ -60,7 +67,9 @@ def load_model(source: str, options: LoadOptions | None = None) -> VideoModel:
     if path.is_dir():
         return _load_directory(path, options)
     if not path.exists() and ":" in source:
-        return wrap_module(_call(source), name=source.partition(":")[2], options=options, source=source)
+        return wrap_module(
+            _call(source), name=source.partition(":")[2], options=options, source=source
+        )
     loaded = checkpoints.read_checkpoint(path, trust_pickle=options.trust_pickle)
     return _from_checkpoint(loaded, path, options)
 
@@ -135,8 +144,9 @@ def _finish(
     checkpoints.check_finite(module, source or name)
     model = VideoModel(
         name=name, module=module, family=family, task=described.task, clip=clip, layers={},
-        blocks=(), token_grid=described.token_grid, pooling=described.pooling, labels=described.labels, config=dict(config),
-        source=source, weights_sha256=weights_digest(module),
+        blocks=(), token_grid=described.token_grid, pooling=described.pooling,
+        labels=described.labels, config=dict(config), source=source,
+        weights_sha256=weights_digest(module),
     )  # fmt: skip
     layers = structure.find_layers(module, structure.run_once(module, model.example()))
     if not layers:

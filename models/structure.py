@@ -25,7 +25,7 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
 
 
 def layer_kind(module: nn.Module) -> str | None:
-    """"linear", "conv1d", "conv2d", "conv3d", or None for any other module."""
+    """One of the kinds "linear", "conv1d", "conv2d" and "conv3d"; None for other modules."""
     for cls, kind in _KINDS:
         if isinstance(module, cls):
             return kind
@@ -36,7 +36,7 @@ def run_once(module: nn.Module, example: torch.Tensor) -> set[str]:
     """Run `module` on `example` and return the names of the submodules that were called."""
     called: set[str] = set()
     handles = [
-        submodule.register_forward_pre_hook(lambda _m, _i, name=name: called.add(name))  # type: ignore[misc]
+        submodule.register_forward_pre_hook(lambda _m, _i, name=name: called.add(name))
         for name, submodule in module.named_modules()
     ]
     try:
@@ -81,9 +81,7 @@ def find_blocks(module: nn.Module, layers: dict[str, LayerFacts]) -> tuple[str, 
     return tuple(blocks)
 
 
-def _like_members(
-    name: str, container: nn.Module, layers: dict[str, LayerFacts]
-) -> Iterator[str]:
+def _like_members(name: str, container: nn.Module, layers: dict[str, LayerFacts]) -> Iterator[str]:
     members = [
         (f"{name}.{child}" if name else child, submodule)
         for child, submodule in container.named_children()

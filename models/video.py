@@ -14,7 +14,15 @@ from torch import nn
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.plan import LayerFacts
 
-__all__ = ["Pooling", "PrimaryOutput", "Task", "TokenGrid", "VideoModel", "primary_output", "weights_digest"]
+__all__ = [
+    "Pooling",
+    "PrimaryOutput",
+    "Task",
+    "TokenGrid",
+    "VideoModel",
+    "primary_output",
+    "weights_digest",
+]
 
 Task = Literal["classify", "embed", "denoise", "restore", "generic"]
 Pooling = Literal["mean", "class_token"]
@@ -22,8 +30,10 @@ Pooling = Literal["mean", "class_token"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenGrid:
-    """The token sequence of a video transformer: `frames` x `height` x `width` patches in raster
-    order, after `special` leading tokens (class token, registers) that no technique may touch.
+    """The token sequence of a video transformer.
+
+    `frames` x `height` x `width` patches in raster order stand after `special` leading tokens
+    (class token, registers) that no technique may touch.
     """
 
     frames: int

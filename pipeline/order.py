@@ -1,4 +1,4 @@
-"""The one place that knows the order: load, open clips, plan, apply, export, build, prove, publish."""
+"""The one place that knows the order: load, plan, apply, then produce (export, prove, publish)."""
 
 from __future__ import annotations
 

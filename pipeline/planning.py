@@ -113,9 +113,7 @@ def apply_plan(
     Raises:
         InputError: the plan does not fit the model; the message lists everything that is wrong.
     """
-    check_plan(
-        plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256
-    )
+    check_plan(plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256)
     planned = model.copy()
     for step in PASSES:
         step.apply(planned, plan, smoothing or {})

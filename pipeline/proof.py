@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import torch
 
 from vcompress.calib.clips import Clips
 from vcompress.export.runtime import INTEGER_KERNELS, Session
-from vcompress.models.video import VideoModel
+from vcompress.export.ties import count_ties
+from vcompress.models.video import PrimaryOutput, VideoModel
 from vcompress.spec.errors import BuildError
 from vcompress.spec.formats import FLOAT
 from vcompress.spec.plan import CompressionPlan
@@ -55,6 +57,7 @@ class Forms:
         baseline, planned: torch.
         baseline_session: the unquantized graph in ONNX Runtime.
         portable_session: the planned graph in ONNX Runtime.
+        portable_path, tensorrt_path: the files, to look for rounding ties in.
         tensorrt_session: the graph for TensorRT, where ONNX Runtime can run it; else None, and
             `tensorrt_reason` says why.
     """
@@ -63,7 +66,9 @@ class Forms:
     planned: VideoModel
     baseline_session: Session
     portable_session: Session
+    portable_path: Path
     tensorrt_session: Session | None
+    tensorrt_path: Path
     tensorrt_reason: str
 
 
@@ -96,11 +101,9 @@ def prove(
     planned = _run(lambda x: _torch(forms.planned, x), test, on_clips)
     result = _run(lambda x: run_session(forms.portable_session, x), test, on_clips)
     probes = _probes(test)
-    baseline_parity = _parity(
-        forms.baseline, forms.baseline_session, probes, FLOAT_TOLERANCE, None, BASELINE_ONNX
-    )
+    baseline_parity = _parity(forms.baseline, forms.baseline_session, None, probes, BASELINE_ONNX)
     result_parity = _parity(
-        forms.planned, forms.portable_session, probes, PLANNED_TOLERANCE, TIE_TOLERANCE, RESULT
+        forms.planned, forms.portable_session, forms.portable_path, probes, RESULT
     )
     latency, reason = _latency(forms, plan, probes[0][:1])
     labels = None if test.labels is None else np.array(test.labels)
@@ -116,7 +119,8 @@ def prove(
             latency_reason="timed as an ONNX graph, like the result",
         ),
         build_stage(
-            BASELINE_ONNX, about="the same, exported", runtime=_session_runtime(forms.baseline_session),
+            BASELINE_ONNX, about="the same, exported",
+            runtime=_session_runtime(forms.baseline_session),
             metrics_reason="checked by parity only", parity=baseline_parity,
             latency=None if latency is None else latency[BASELINE_ONNX],
             latency_reason=reason, batch_size=1,
@@ -147,12 +151,14 @@ def _tensorrt_stage(forms: Forms, probes: list[Array]) -> Stage:
     parity = None
     if forms.tensorrt_session is not None:
         parity = _parity(
-            forms.planned, forms.tensorrt_session, probes, PLANNED_TOLERANCE, TIE_TOLERANCE, TENSORRT
+            forms.planned, forms.tensorrt_session, forms.tensorrt_path, probes, TENSORRT
         )
     return build_stage(
         TENSORRT,
         about="the plan in the operators that TensorRT fuses",
-        runtime=None if forms.tensorrt_session is None else _session_runtime(forms.tensorrt_session),
+        runtime=None
+        if forms.tensorrt_session is None
+        else _session_runtime(forms.tensorrt_session),
         metrics_reason=forms.tensorrt_reason or "checked by parity only",
         parity=parity,
         latency_reason="needs the GPU that the engine was built for",
@@ -171,9 +177,7 @@ def run_session(session: Session, batch: Array) -> Array:
     return np.concatenate([session.run(batch[index : index + 1]) for index in range(len(batch))])
 
 
-def _run(
-    runner: Callable[[Array], Array], clips: Clips, on_clips: Callable[[int], None]
-) -> Array:
+def _run(runner: Callable[[Array], Array], clips: Clips, on_clips: Callable[[int], None]) -> Array:
     outputs: list[Array] = []
     for batch in clips.batches(_BATCH_SIZE):
         outputs.append(runner(batch))
@@ -197,15 +201,29 @@ def _probes(test: Clips) -> list[Array]:
 
 
 def _parity(
-    model: VideoModel, session: Session, probes: list[Array], tolerance: float,
-    tie_tolerance: float | None, name: str,
-) -> ParityResult:  # fmt: skip
+    model: VideoModel, session: Session, quantized_path: Path | None, probes: list[Array], name: str
+) -> ParityResult:
+    """Parity of `session` with `model`; only a quantized graph may round ties the other way."""
+    tolerance = FLOAT_TOLERANCE if quantized_path is None else PLANNED_TOLERANCE
+    tie_tolerance = None if quantized_path is None else TIE_TOLERANCE
+
+    def find_tie(x: Array) -> str | None:
+        assert quantized_path is not None
+        ties = count_ties(PrimaryOutput(model.module), quantized_path, x)
+        if ties.forced_relative_l2 > tolerance:
+            return None
+        return (
+            f"{ties.num_differing} of {ties.num_values} quantized values lie between two codes; "
+            f"rounded alike, the difference is {ties.forced_relative_l2:.1e}"
+        )
+
     result = check_parity(
         lambda x: _torch(model, x),
         lambda x: run_session(session, x),
         probes,
         tolerance=tolerance,
         tie_tolerance=tie_tolerance,
+        find_tie=find_tie,
     )
     if result.verdict == "fail":
         message = (
@@ -243,7 +261,8 @@ def _simulated(session: Session, plan: CompressionPlan) -> str | None:
     without_kernel = sorted(formats - {"int8"})
     if without_kernel:
         return (
-            f"simulated: ONNX Runtime has no {' or '.join(without_kernel).upper()} kernel on a CPU; "
+            f"simulated: ONNX Runtime has no {' or '.join(without_kernel).upper()} kernel on a "
+            "CPU; "
             "this graph checks numbers, not speed"
         )
     if formats and not any(name in INTEGER_KERNELS for name in session.kernels()):

@@ -61,7 +61,8 @@ class Validation:
         if self.golden_relative_l2 > self.golden_max:
             return (
                 f"{self.path}: the golden outputs differ by {self.golden_relative_l2:.2e} "
-                f"(relative L2), allowed {self.golden_max:.0e}: this runtime computes something else"
+                f"(relative L2), allowed {self.golden_max:.0e}: this runtime computes something "
+                "else"
             )
         return f"{self.path}: {self.verdict.reason}"
 

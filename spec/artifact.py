@@ -47,14 +47,18 @@ class Artifact:
                 the directory.
         """
         if not (path / MANIFEST).is_file():
-            message = f"{path} is not an artifact: it has no {MANIFEST}; make one with vcompress quantize"
+            message = (
+                f"{path} is not an artifact: it has no {MANIFEST}; make one with vcompress quantize"
+            )
             raise InputError(message)
         data = strict_json.read(path / MANIFEST)
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             got = data.get("schema") if isinstance(data, dict) else None
             message = f"{path / MANIFEST}: schema must be {SCHEMA}, got {got!r}"
             raise InputError(message)
-        strict_json.check_keys(data, required=_REQUIRED, optional=_OPTIONAL, where=str(path / MANIFEST))
+        strict_json.check_keys(
+            data, required=_REQUIRED, optional=_OPTIONAL, where=str(path / MANIFEST)
+        )
         artifact = cls(path, data)
         for entry in data["files"]:
             artifact._check_file(entry, verify_hashes=verify_hashes)
@@ -64,7 +68,7 @@ class Artifact:
         """The file with this role ("onnx", "engine", "plan", "report" ...), or None."""
         for entry in self.manifest["files"]:
             if entry["role"] == role:
-                return self.path / entry["path"]
+                return self.path / str(entry["path"])
         return None
 
     def _check_file(self, entry: Any, *, verify_hashes: bool) -> None:

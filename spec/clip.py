@@ -93,7 +93,9 @@ class ClipSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ClipSpec:
         """The inverse of `as_dict`."""
-        fields = {key: value for key, value in data.items() if key not in ("interpolation", "color")}
+        fields = {
+            key: value for key, value in data.items() if key not in ("interpolation", "color")
+        }
         unknown = set(fields) - set(cls.__dataclass_fields__)
         if unknown:
             message = f"unknown keys in clip: {', '.join(sorted(unknown))}"

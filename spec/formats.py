@@ -38,7 +38,7 @@ class Format:
     description: str
 
     def weight_bits(self, weight_shape: tuple[int, ...]) -> int:
-        """All bits that a weight of `weight_shape` (output channels first) takes, scales counted."""
+        """Bits that a weight of `weight_shape` (output channels first) takes, scales counted."""
         count = math.prod(weight_shape)
         if self.block_size > 0:
             num_scales = weight_shape[0] * math.ceil(count / weight_shape[0] / self.block_size)

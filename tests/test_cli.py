@@ -201,7 +201,8 @@ def test_doctor_tells_what_this_machine_can_do(
 
 def test_a_bug_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("boom")
+        message = "boom"
+        raise RuntimeError(message)
 
     monkeypatch.setattr("vcompress.terminal.Console.inspect", fail)
     code, message = run(monkeypatch, "inspect", tmp_path)

@@ -22,8 +22,12 @@ __all__ = ["Matching", "match", "max_merges", "merge"]
 
 @dataclass(frozen=True, kw_only=True)
 class Matching:
-    """Which tokens of A are merged (`source` [B, r]) into which of B (`target` [B, r]), and which
-    of A stay (`kept` [B, ceil(N/2) - r], in order). All int64, indices within A or B.
+    """Which tokens are merged into which; int64 indices within A or B.
+
+    Attributes:
+        source: tokens of A that are merged, `[B, r]`.
+        target: the tokens of B that they are merged into, `[B, r]`.
+        kept: tokens of A that stay, in order, `[B, ceil(N/2) - r]`.
     """
 
     source: torch.Tensor

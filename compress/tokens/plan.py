@@ -16,7 +16,9 @@ __all__ = ["constant_schedule", "plan_merging"]
 TECHNIQUE = "bipartite_soft_matching"
 
 
-def constant_schedule(num_tokens: int, num_special: int, num_blocks: int, ratio: float) -> list[int]:
+def constant_schedule(
+    num_tokens: int, num_special: int, num_blocks: int, ratio: float
+) -> list[int]:
     """Merges after each block so that the blocks process `ratio` of the tokens on average.
 
     With r merges after every block but the last, block i sees N - i r tokens; the mean over

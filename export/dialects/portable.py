@@ -1,10 +1,11 @@
 """The portable dialect: ONNX Runtime on any CPU, in standard operators alone.
 
-It accepts opset 21, INT8 and FP8 weights behind DequantizeLinear, and no four-bit floating-point
+It accepts INT8 and FP8 weights behind DequantizeLinear, and no four-bit floating-point
 type. So NVFP4 weights stay in the file as packed bytes, block scales and tensor scale, and a few
 standard operators unpack them; ONNX Runtime does that once, when it loads the file. The dynamic
 block scales of NVFP4 inputs are written out as arithmetic that gives the numbers of
-`numerics.nvfp4`, value for value: it proves what FP4 hardware will answer, not how fast.
+`numerics.nvfp4`, value for value: it proves what FP4 hardware will answer, not how fast. NaN
+alone may differ: it stays NaN, but whether its block becomes NaN with it is up to the runtime.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def _nothing(model: ir.Model) -> None:
 
 PORTABLE = Dialect(
     name="portable",
-    opset=21,
-    opset_with_nvfp4=21,
+    opset=20,
+    opset_with_nvfp4=20,
     translations={
         **TRANSLATIONS,
         torch.ops.vcompress.nvfp4_dequantize.default: _nvfp4_dequantize,

@@ -1,16 +1,18 @@
-"""Translations into standard ONNX that every dialect shares: INT8, FP8 and attention.
+"""Translations into standard ONNX that every dialect shares: INT8, FP8, convolution, attention.
 
 Quantized weights stay stored as they are, followed by a DequantizeLinear; inputs pass through
 QuantizeLinear and DequantizeLinear with zero points of zero, the pair that runtimes fuse into
 their kernels. Everything is float32 in between, whatever the model's type is.
 
-Source: ONNX operators, opset 21 (https://onnx.ai/onnx/operators/).
+Source: ONNX operators, opset 20 (https://onnx.ai/onnx/operators/). Not 21: ONNX
+Runtime 1.32 refuses some INT8 graphs of opset 21 while it optimizes them, because of the attribute
+`output_dtype` that QuantizeLinear has since.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -18,7 +20,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import opset21
+from onnxscript import opset20
 
 import vcompress.compress.numerics  # noqa: F401 - registers the operators
 from vcompress.export.dialects.dialect import Translation
@@ -26,7 +28,7 @@ from vcompress.export.dialects.dialect import Translation
 __all__ = ["TRANSLATIONS", "as_float", "constant", "like", "op"]
 
 # Its annotations are for eager tensors; here it records nodes for symbolic values.
-op: Any = opset21
+op: Any = opset20
 
 
 def constant(value: Any, dtype: Any = np.float32) -> Any:
@@ -64,6 +66,32 @@ def _fp8_quantize_dequantize(x: Any, scale: Any) -> Any:
 
 def _fp8_dequantize(codes: Any, scale: Any) -> Any:
     return op.DequantizeLinear(codes, scale)
+
+
+def _convolution(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Any:
+    """Convolution over one to three axes.
+
+    The exporter's own translation, of onnxscript 0.7, gives a Conv3d without bias one of a wrong
+    shape.
+    """
+    num_axes = len(weight.shape) - 2
+    if len(x.shape) != num_axes + 2:
+        message = "a convolution without batch axis has no translation to ONNX here"
+        raise NotImplementedError(message)
+    strides, pads, dilations = (
+        list(values) * (num_axes if len(values) == 1 else 1)
+        for values in (stride, padding, dilation)
+    )
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    return op.Conv(*operands, strides=strides, pads=pads * 2, dilations=dilations, group=groups)
 
 
 def _attention(
@@ -108,5 +136,8 @@ TRANSLATIONS: dict[Callable[..., Any], Translation] = {
     torch.ops.vcompress.int8_dequantize.default: _int8_dequantize,
     torch.ops.vcompress.fp8_quantize_dequantize.default: _fp8_quantize_dequantize,
     torch.ops.vcompress.fp8_dequantize.default: _fp8_dequantize,
+    torch.ops.aten.conv1d.default: _convolution,
+    torch.ops.aten.conv2d.default: _convolution,
+    torch.ops.aten.conv3d.default: _convolution,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
 }

@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import values
+from onnxscript import opset23, values
 
 from vcompress.compress.numerics.nvfp4 import BLOCK_SIZE
 from vcompress.export.dialects.dialect import Dialect
@@ -22,6 +22,7 @@ from vcompress.export.dialects.standard import TRANSLATIONS, as_float, like, op
 
 __all__ = ["DYNAMIC_QUANTIZE", "TENSORRT"]
 
+block_op: Any = opset23
 DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
 # FLOAT4E2M1 and its use in DequantizeLinear came with this version of the file format.
 _IR_VERSION_WITH_NVFP4 = 11
@@ -48,7 +49,7 @@ def _dynamic_quantize_schema() -> onnx.defs.OpSchema:
 def _nvfp4_dequantize(packed: Any, block_scale: Any, tensor_scale: Any) -> Any:
     # `packed` is still uint8 here; `_retype_packed_weights` tells the file what it is.
     scale = op.DequantizeLinear(block_scale, tensor_scale)
-    return op.DequantizeLinear(packed, scale, axis=-1, block_size=BLOCK_SIZE)
+    return block_op.DequantizeLinear(packed, scale, axis=-1, block_size=BLOCK_SIZE)
 
 
 def _nvfp4_quantize_dequantize(x: Any, tensor_scale: Any) -> Any:
@@ -61,7 +62,7 @@ def _nvfp4_quantize_dequantize(x: Any, tensor_scale: Any) -> Any:
         scale_type=ir.DataType.FLOAT8E4M3FN.value,
     )
     scale = op.DequantizeLinear(block_scale, tensor_scale)
-    result = op.DequantizeLinear(codes, scale, axis=-1, block_size=BLOCK_SIZE)
+    result = block_op.DequantizeLinear(codes, scale, axis=-1, block_size=BLOCK_SIZE)
     return like(result, x)
 
 
@@ -87,7 +88,7 @@ def _retype_packed_weights(model: ir.Model) -> None:
 
 TENSORRT = Dialect(
     name="tensorrt",
-    opset=21,
+    opset=20,
     opset_with_nvfp4=23,
     translations={
         **TRANSLATIONS,

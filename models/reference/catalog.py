@@ -78,21 +78,32 @@ def load_reference(name: str) -> VideoModel:
 
 
 def reference_clips(
-    name: str, part: Part
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Clips `[N, T, H, W, C]` uint8 and labels `[N]` of a reference task.
+    name: str, part: Part, *, limit: int | None = None, seed: int = 0
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], tuple[str, ...]]:
+    """Clips `[N, T, H, W, C]` uint8, labels `[N]` and names of a reference task.
 
-    "test" is the full test set (4,402 and 2,000 clips); "calibration" are 512 training clips.
+    "test" is the test set (4,402 and 2,000 clips), "calibration" are 512 training clips; `limit`
+    draws as many of them with `seed`.
     """
     _entry(name)
     if name == "penvideo20":
-        movements, labels = penvideo.split("test" if part == "test" else "train")
+        movements, classes = penvideo.split("test" if part == "test" else "train")
         if part == "calibration":
-            chosen = np.random.default_rng(_CALIBRATION_SEED).permutation(len(labels))[:512]
-            movements, labels = movements[chosen], labels[chosen]
-        return penvideo.render(movements), labels
-    return moving_fashion.compose(
-        moving_fashion.split(part),
-        moving_fashion.shipped_backgrounds(part),
-        seed=_TEST_SEED if part == "test" else _CALIBRATION_SEED,
-    )
+            few = np.random.default_rng(_CALIBRATION_SEED).permutation(len(classes))[:512]
+            movements, classes = movements[few], classes[few]
+        chosen = _draw(len(classes), limit, seed)
+        clips, labels = penvideo.render(movements[chosen]), classes[chosen]
+    else:
+        clips, labels = moving_fashion.compose(
+            moving_fashion.split(part),
+            moving_fashion.shipped_backgrounds(part),
+            seed=_TEST_SEED if part == "test" else _CALIBRATION_SEED,
+        )
+        chosen = _draw(len(labels), limit, seed)
+        clips, labels = clips[chosen], labels[chosen]
+    return clips, labels, tuple(f"{part}-{index:05d}" for index in chosen)
+
+
+def _draw(count: int, limit: int | None, seed: int) -> npt.NDArray[np.int64]:
+    """Sorted indices of at most `limit` of `count`, the same on every machine for a `seed`."""
+    return np.sort(np.random.RandomState(seed).permutation(count)[:limit])

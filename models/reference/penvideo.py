@@ -72,4 +72,5 @@ def render(movements: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     dy = (grid[None, None, :] - tip[:, :, 1, None]) ** 2
     distance = dy[:, :, :, None] + dx[:, :, None, :]
     ink = np.exp(-distance / (2 * _PEN_RADIUS_PX**2))
-    return (ink * 255).astype(np.uint8)[..., None]
+    clips: npt.NDArray[np.uint8] = (ink * 255).astype(np.uint8)[..., None]
+    return clips

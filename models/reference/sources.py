@@ -62,7 +62,7 @@ def background(root: Path, name: str, *, stride: int = 1) -> npt.NDArray[np.uint
             if number % stride == 0:
                 width = round(frame.width * _BACKGROUND_HEIGHT / frame.height)
                 small = frame.reformat(width=width, height=_BACKGROUND_HEIGHT, format="rgb24")
-                frames.append(small.to_ndarray())
+                frames.append(np.asarray(small.to_ndarray(), np.uint8))
     return np.stack(frames)
 
 

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -96,19 +96,27 @@ def _dropped_logits(
     order = torch.rand(len(pixels), num_tokens).argsort(1)
     masked = order >= int(num_tokens * keep)
     hidden = model.videomae(pixels, bool_masked_pos=masked).last_hidden_state
+    assert model.fc_norm is not None
     logits: torch.Tensor = model.classifier(model.fc_norm(hidden.mean(1)))
     return logits
 
 
 def train(
-    name: str, draw: Callable[[float], Batch], *,
-    budget_s: float, mean: float, std: float, lr: float, keep_tokens: float,
+    name: str,
+    draw: Callable[[float], Batch],
+    *,
+    budget_s: float,
+    mean: float,
+    std: float,
+    lr: float,
+    keep_tokens: float,
 ) -> VideoMAEForVideoClassification:
     """Train for `budget_s` seconds of wall clock and return the averaged model."""
     torch.manual_seed(0)
     model = VideoMAEForVideoClassification(VideoMAEConfig(**CONFIGS[name]))
     average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(_EMA_DECAY)
+        model,
+        multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(_EMA_DECAY),  # type: ignore[no-untyped-call]
     )
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
@@ -123,12 +131,14 @@ def train(
             group["lr"] = rate
         clips, labels = draw(progress)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = _dropped_logits(model, normalise(clips, mean, std), keep_tokens if progress < 0.8 else 1.0)
+            logits = _dropped_logits(
+                model, normalise(clips, mean, std), keep_tokens if progress < 0.8 else 1.0
+            )
         loss = functional.cross_entropy(
             logits.float(), torch.from_numpy(labels), label_smoothing=0.05
         )
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         average.update_parameters(model)
@@ -138,8 +148,8 @@ def train(
             print(f"step {step}  {elapsed:.0f} s  loss {loss_sum / 100:.3f}", flush=True)
             loss_sum = 0.0
             if step % 1000 == 0:
-                save(average.module, name)
-    return average.module.eval()
+                save(cast("VideoMAEForVideoClassification", average.module), name)
+    return cast("VideoMAEForVideoClassification", average.module.eval())
 
 
 def save(model: VideoMAEForVideoClassification, name: str) -> None:
@@ -194,7 +204,9 @@ def main() -> None:
         lr=arguments.lr, keep_tokens=keep_tokens,
     )  # fmt: skip
     save(model, arguments.task)
-    print(f"top-1 {accuracy(model, clips, labels, mean=mean, std=std):.2f} % of {len(labels)} clips")
+    print(
+        f"top-1 {accuracy(model, clips, labels, mean=mean, std=std):.2f} % of {len(labels)} clips"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from vcompress.export import runtime
-from vcompress.export.runtime import INTEGER_KERNELS, available_providers, open_session
+from vcompress.export.runtime import (
+    INTEGER_KERNELS,
+    available_providers,
+    open_session,
+    run_with_internal_values,
+)
 from vcompress.spec.errors import BuildError, InputError, MissingCapabilityError
 
 FLOAT = TensorProto.FLOAT
@@ -153,6 +158,26 @@ def test_weights_in_a_file_beside_the_model_are_found(doubling: Path) -> None:
     session = open_session(outside)
     np.testing.assert_array_equal(session.run(np.ones((1, 3), np.float32)), [[2, 2, 2]])
     assert session.kernels() == {"MatMul": 1}
+
+
+def test_internal_values_can_be_read(tmp_path: Path) -> None:
+    model = quantized(tmp_path / "m.onnx", quantize_weight=True)
+    outside = tmp_path / "outside.onnx"
+    onnx.save(
+        onnx.load(model), outside,
+        save_as_external_data=True, location="outside.data", size_threshold=0,
+    )  # fmt: skip
+    x = np.array([[1, -2, 0.7, 100]], np.float32)
+    for path in (model, outside):
+        values = run_with_internal_values(path, {"x": x}, ["q", "d", "y"])
+        # Scale 0.5: 0.7 is 1.4 steps and rounds to 1, 100 is beyond 127 steps.
+        np.testing.assert_array_equal(values["q"], np.array([[2, -4, 1, 127]], np.int8))
+        np.testing.assert_array_equal(values["d"], [[1, -2, 0.5, 63.5]])
+        np.testing.assert_array_equal(values["y"], [[2, -4, 1, 127]])
+    with pytest.raises(InputError, match="computes no value 'weights'"):
+        run_with_internal_values(model, {"x": x}, ["weights"])
+    with pytest.raises(InputError, match="is not a file"):
+        run_with_internal_values(tmp_path / "none.onnx", {"x": x}, [])
 
 
 def test_a_provider_that_is_not_installed_is_named(doubling: Path) -> None:

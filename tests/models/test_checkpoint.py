@@ -33,9 +33,7 @@ def tiny_state() -> dict[str, torch.Tensor]:
 
 
 def save_pt(path: Path, **changes: Any) -> Path:
-    torch.save(
-        {"family": "videomae", "config": CONFIG, "state_dict": tiny_state()} | changes, path
-    )
+    torch.save({"family": "videomae", "config": CONFIG, "state_dict": tiny_state()} | changes, path)
     return path
 
 
@@ -239,7 +237,5 @@ def test_what_is_missing_is_asked_for(tmp_path: Path, arch: str) -> None:
     assert "No module named 'nowhere'" in refused(path, LoadOptions(arch="nowhere:Model"))
     assert "no such file" in refused(str(tmp_path / "absent.pt"))
     assert "no config.json" in refused(str(tmp_path))
-    assert "did you mean 'videomae'" in refused(
-        str(save_pt(tmp_path / "f.pt", family="videomea"))
-    )
+    assert "did you mean 'videomae'" in refused(str(save_pt(tmp_path / "f.pt", family="videomea")))
     assert "did you mean 'penvideo20'" in refused("reference:penvideo")

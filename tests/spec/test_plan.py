@@ -69,7 +69,10 @@ def test_floats_have_six_significant_digits() -> None:
         ({"sed": 1}, "did you mean 'seed'"),
         ({"schema": 2}, "schema must be 1, got 2"),
         ({"quantize": {"patch": {"format": "nvfp5", "reason": ""}}}, "did you mean 'nvfp4'"),
-        ({"quantize": {"patch": {"format": "int8", "reason": "", "bits": 3}}}, "unknown key 'bits'"),
+        (
+            {"quantize": {"patch": {"format": "int8", "reason": "", "bits": 3}}},
+            "unknown key 'bits'",
+        ),
         ({"quantize": {"patch": {"reason": ""}}}, "missing key 'format'"),
         (
             {"quantize": {"patch": {"format": "int8", "reason": "", "input_amax": -1}}},

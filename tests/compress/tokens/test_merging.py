@@ -178,7 +178,9 @@ def test_what_cannot_merge_says_why() -> None:
         technique="bipartite_soft_matching", proportional=False, num_tokens=32,
         merge=dict(zip(tokens.blocks, (20, 0, 0), strict=True)),
     )  # fmt: skip
-    with pytest.raises(InputError, match="20 of 32 tokens cannot be merged at once; the most is 16"):
+    with pytest.raises(
+        InputError, match="20 of 32 tokens cannot be merged at once; the most is 16"
+    ):
         apply_merging(tokens, section)
 
 

@@ -1,0 +1,208 @@
+"""What a finished run leaves on record: the report and the manifest, from what was measured."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vcompress
+from vcompress.calib.sources import ClipSets
+from vcompress.compress.frozen import FrozenLayer
+from vcompress.export.graph import GraphFacts
+from vcompress.export.manifest import build_manifest
+from vcompress.models.video import VideoModel
+from vcompress.pipeline import proof as proving
+from vcompress.pipeline.run import Options
+from vcompress.spec.plan import CompressionPlan
+from vcompress.validate import latency, report
+from vcompress.validate.gate import Verdict
+from vcompress.validate.report_types import Engine, Layer, Report
+
+__all__ = ["Run", "file_role", "manifest_of", "report_of"]
+
+_PACKAGES = (
+    "onnx", "onnxruntime", "onnxruntime-gpu", "transformers", "nvidia-modelopt",
+    "tensorrt-rtx-cu13", "av", "numpy",
+)  # fmt: skip
+_ROLES = {
+    "plan.json": "plan", "plan.safetensors": "plan-tensors", "model.onnx": "onnx",
+    "model.tensorrt.onnx": "tensorrt-onnx", "golden.npz": "golden", "proof.npz": "proof",
+    "labels.txt": "labels", "report.json": "report", "report.html": "report-page",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that a run decided, made and measured."""
+
+    model: VideoModel
+    planned: VideoModel
+    plan: CompressionPlan
+    clips: ClipSets
+    options: Options
+    proof: proving.Proof
+    verdict: Verdict
+    engines: list[Engine]
+
+
+def file_role(name: str) -> str:
+    """The role of a file of the artifact, by its name."""
+    return "engine" if name.endswith(".engine") else _ROLES.get(name, "data")
+
+
+def _parameter_bits(module: torch.nn.Module) -> int:
+    return sum(8 * p.numel() * p.element_size() for p in module.parameters())
+
+
+def _planned_bits(planned: VideoModel) -> int:
+    """Bits of all weights: frozen ones with their scales, the rest as they are."""
+    bits = _parameter_bits(planned.module)
+    for module in planned.module.modules():
+        if isinstance(module, FrozenLayer):
+            bits += module.weight_bits + (0 if module.bias is None else 32 * module.bias.numel())
+    return bits
+
+
+def _layer_rows(model: VideoModel, planned: VideoModel, plan: CompressionPlan) -> list[Layer]:
+    rows: list[Layer] = []
+    for name, choice in plan.quantize.items():
+        layer = planned.layer(name)
+        weight = model.layer(name).weight
+        assert isinstance(weight, torch.Tensor)
+        bits = (
+            layer.weight_bits
+            if isinstance(layer, FrozenLayer)
+            else 8 * weight.numel() * weight.element_size()
+        )
+        rows.append(
+            Layer(
+                name=name, format=choice.format, score=choice.score, reason=choice.reason,
+                weight_kib=bits / 8192, block=model.block_of(name),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def report_of(run: Run, folder: Path) -> Report:
+    """The report of `run`, whose files lie in `folder`."""
+    model, planned, plan, clips = run.model, run.planned, run.plan, run.clips
+    parameters = sum(p.numel() for p in model.module.parameters())
+    baseline_bits, planned_bits = _parameter_bits(model.module), _planned_bits(planned)
+    tokens = plan.tokens
+    return report.build_report(
+        vcompress=vcompress.__version__,
+        created=_now(),
+        command=run.options.command or shlex.join(["vcompress", *sys.argv[1:]]),
+        seed=plan.seed,
+        target=plan.target,
+        model={
+            "name": model.name, "family": model.family, "task": model.task,
+            "weights_sha256": model.weights_sha256, "num_parameters": parameters,
+            "num_classes": (
+                run.proof.baseline_outputs.shape[-1] if model.task == "classify" else None
+            ),
+        },
+        verdict=run.verdict,
+        result_stage=proving.RESULT,
+        stages=run.proof.stages,
+        sizes={
+            "baseline_weights_mib": baseline_bits / 8 / 2**20,
+            "result_weights_mib": planned_bits / 8 / 2**20,
+            "files": [
+                {"path": path.name, "role": file_role(path.name), "bytes": path.stat().st_size}
+                for path in sorted(folder.iterdir())
+            ],
+        },
+        precision={
+            "baseline_effective_bits": baseline_bits / parameters,
+            "result_effective_bits": planned_bits / parameters,
+            "read_back_from": "model.onnx",
+        },
+        layers=_layer_rows(model, planned, plan),
+        tokens=None if tokens is None else {
+            "technique": tokens.technique,
+            "num_tokens_baseline": tokens.num_tokens,
+            "num_tokens_result": tokens.num_tokens - sum(tokens.merge.values()),
+            "num_merged_by_block": dict(tokens.merge),
+        },
+        engines=run.engines,
+        clips={
+            "test": {
+                "source": clips.test_source, "num_clips": len(clips.test),
+                "sha256": clips.test.digest,
+            },
+            "calibration": {
+                "source": str(run.options.calib), "num_clips": len(clips.calibration),
+                "sha256": clips.calibration.digest,
+            },
+            "skipped": [{"name": name, "reason": reason} for name, reason in clips.skipped],
+        },
+        device=latency.describe_device(torch.get_num_threads()),
+        versions=_versions(),
+        warnings=[],
+    )  # fmt: skip
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def manifest_of(
+    run: Run, made: Report, portable: GraphFacts, tensorrt: GraphFacts
+) -> dict[str, Any]:
+    """The manifest of `run` without the files, from its report and its graphs."""
+    model, clips, options, proof = run.model, run.clips, run.options, run.proof
+    result = next(stage for stage in made["stages"] if stage["name"] == proving.RESULT)
+    performance = []
+    if result["latency"] is not None:
+        performance.append(
+            {"file": "model.onnx", "runtime": result["runtime"], "batch": 1, **result["latency"]}
+        )
+    classify = model.task == "classify" and clips.test.labels is not None
+    return build_manifest(
+        model, run.plan, portable,
+        created=made["created"],
+        effective_bits=round(made["precision"]["result_effective_bits"], 4),
+        quality={
+            "metric": "top1_percent" if classify else "sqnr_db",
+            "baseline": proof.metrics.get("baseline_top1_percent") if classify else None,
+            "result": proof.metrics.get("top1_percent" if classify else "sqnr_db"),
+            "verdict": made["verdict"]["outcome"],
+            "max_drop_points": made["verdict"]["max_drop_points"],
+            "min_sqnr_db": made["verdict"]["min_sqnr_db"],
+            "num_clips": len(clips.test),
+            "clips": {
+                "calib": options.calib, "data": options.data, "num_clips": options.num_clips,
+                "num_test_clips": options.num_test_clips, "seed": options.seed,
+                "sha256": clips.test.digest,
+            },
+        },
+        performance=performance,
+        requires={
+            "onnx": "any ONNX Runtime with opset "
+            f"{portable.opset}; checks numbers, runs everywhere",
+            "tensorrt-onnx": f"TensorRT or TensorRT-RTX, opset {tensorrt.opset}",
+        },
+        notes=[
+            "an engine runs only in the TensorRT-RTX version that built it; rebuild it from "
+            "model.tensorrt.onnx elsewhere"
+        ],
+    )  # fmt: skip

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+
+from vcompress.compress.frozen import FrozenConvolution, FrozenLayer, FrozenLinear, freeze
+from vcompress.compress.numerics import fp8, int8, nvfp4
+from vcompress.spec.errors import InputError
+from vcompress.spec.formats import FORMATS
+
+FAKE = {
+    "nvfp4": lambda x, amax: nvfp4.quantize_dequantize(x, nvfp4.input_scale(amax)),
+    "int8": lambda x, amax: int8.quantize_dequantize(x, int8.input_scale(amax), 0),
+    "fp8": lambda x, amax: fp8.quantize_dequantize(x, fp8.input_scale(amax)),
+}
+WEIGHT = {
+    "nvfp4": nvfp4.fake_quantize_weight,
+    "int8": int8.fake_quantize_weight,
+    "fp8": fp8.fake_quantize_weight,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def frozen(layer: nn.Module, format: str, amax: float = 4.0, **options: object) -> FrozenLayer:
+    result = freeze(layer, format, amax, **options)
+    assert isinstance(result, FrozenLayer)
+    return result
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(format: str, bias: bool) -> None:
+    layer = nn.Linear(64, 24, bias=bias)
+    result = frozen(layer, format)
+    assert isinstance(result, FrozenLinear)
+    x = torch.randn(2, 5, 64)
+    expected = functional.linear(FAKE[format](x, 4.0), WEIGHT[format](layer.weight), layer.bias)
+    assert torch.equal(result(x), expected)
+    assert result.format == format
+    assert result.weight_bits == FORMATS[format].weight_bits((24, 64))
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(6, 8, 3, stride=2, padding=1), (2, 6, 17)),
+        (nn.Conv2d(6, 8, (3, 5), padding=(1, 2), dilation=(2, 1), groups=2), (2, 6, 9, 11)),
+        (nn.Conv2d(8, 8, 3, padding="same", groups=8, bias=False), (1, 8, 7, 7)),
+        (nn.Conv3d(3, 8, (2, 4, 4), stride=(2, 4, 4)), (2, 3, 4, 8, 8)),
+        (nn.Conv3d(4, 6, 3, padding=1, dilation=(1, 2, 2)), (4, 5, 9, 9)),
+    ],
+)
+def test_convolution(format: str, layer: nn.Conv3d, shape: tuple[int, ...]) -> None:
+    result = frozen(layer, format)
+    assert isinstance(result, FrozenConvolution)
+    x = torch.randn(shape)
+    expected = copy.deepcopy(layer)
+    expected.weight.data = WEIGHT[format](layer.weight.data)
+    assert torch.equal(result(x), expected(FAKE[format](x, 4.0)))
+    assert result.weight_bits == FORMATS[format].weight_bits(tuple(layer.weight.shape))
+
+
+def test_smoothing_of_a_linear_layer() -> None:
+    layer, x = nn.Linear(32, 8), torch.randn(4, 32)
+    x[:, 3] *= 100
+    smoothing = 1 / x.abs().amax(0).sqrt()
+    amax = (x * smoothing).abs().max().item()
+    plain = frozen(layer, "int8", x.abs().max().item())
+    smooth = frozen(layer, "int8", amax, input_smoothing=smoothing)
+    weight = int8.fake_quantize_weight(layer.weight / smoothing)
+    expected = functional.linear(FAKE["int8"](x * smoothing, amax), weight, layer.bias)
+    assert torch.equal(smooth(x), expected)
+    errors = [(result(x) - layer(x)).norm() for result in (plain, smooth)]
+    assert errors[1] < errors[0] / 2
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_smoothing_of_a_convolution(groups: int) -> None:
+    layer, x = nn.Conv2d(4, 6, 3, groups=groups), torch.randn(2, 4, 8, 8)
+    smoothing = torch.tensor([1.0, 3.0, 0.5, 0.7])
+    weight = layer.weight.detach().clone()
+    for output in range(6):
+        for inside in range(4 // groups):
+            # Each group of outputs reads its own group of input channels.
+            channel = output // (6 // groups) * (4 // groups) + inside
+            weight[output, inside] /= smoothing[channel]
+    expected = functional.conv2d(
+        FAKE["int8"](x * smoothing.view(4, 1, 1), 4.0),
+        int8.fake_quantize_weight(weight), layer.bias, groups=groups,
+    )  # fmt: skip
+    assert torch.equal(frozen(layer, "int8", input_smoothing=smoothing)(x), expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_state_survives_safetensors(format: str, tmp_path: Path) -> None:
+    smoothing = torch.rand(32) + 0.5
+    first = frozen(nn.Linear(32, 8), format, input_smoothing=smoothing)
+    second = frozen(nn.Linear(32, 8), format, 1.0, input_smoothing=torch.ones(32))
+    x = torch.randn(3, 32)
+    assert not torch.equal(first(x), second(x))
+    save_file(first.state_dict(), tmp_path / "layer.safetensors")
+    assert second.load_state_dict(load_file(tmp_path / "layer.safetensors")).missing_keys == []
+    assert torch.equal(first(x), second(x))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_model(format: str, dtype: torch.dtype) -> None:
+    layer = nn.Linear(32, 8).to(dtype)
+    result, x = frozen(layer, format), torch.randn(3, 32, dtype=dtype)
+    assert result(x).dtype == dtype
+    exact = frozen(copy.deepcopy(layer).float(), format)(x.float())
+    assert (result(x).float() - exact).norm() / exact.norm() < 0.02
+    assert result.bias is not None
+    assert result.bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_casting_the_model_keeps_the_format(format: str) -> None:
+    result = frozen(nn.Linear(32, 8), format)
+    before = {name: buffer.clone() for name, buffer in result.named_buffers()}
+    nn.Sequential(result).half().double()
+    for name, buffer in result.named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer.float(), before[name].float())
+    assert result.to("meta").input_scale.device.type == "meta"
+
+
+def test_the_layer_is_not_changed() -> None:
+    layer = nn.Linear(32, 8)
+    before = copy.deepcopy(layer.state_dict())
+    result = frozen(layer, "int8", input_smoothing=torch.full((32,), 2.0))
+    assert result.bias is not None
+    result.bias += 1
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_an_input_that_was_always_zero() -> None:
+    for format in FORMATS:
+        result = frozen(nn.Linear(32, 8), format, 0.0)
+        exact = frozen(nn.Linear(32, 8), format, 1.0)
+        assert torch.equal(result.input_scale, exact.input_scale)
+        assert bool(result(torch.zeros(1, 32)).isfinite().all())
+
+
+def test_gradients_do_not_follow() -> None:
+    result = frozen(nn.Linear(32, 8), "int8")
+    assert list(result.parameters()) == []
+    assert not result(torch.randn(1, 32)).requires_grad
+
+
+def test_prints_its_format() -> None:
+    assert "format=int8, weight_bits=2304" in repr(frozen(nn.Linear(32, 8), "int8"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "format", "problem"),
+    [
+        (nn.Linear(20, 8), "nvfp4", r"^fc\.weight: nvfp4 needs a contraction size divisible"),
+        (nn.Conv3d(16, 8, 1), "nvfp4", r"^fc\.weight: nvfp4 is defined for linear layers"),
+        (
+            nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"),
+            "int8",
+            "padding_mode is 'reflect'",
+        ),
+        (nn.ConvTranspose2d(4, 8, 3), "int8", "a linear layer or a convolution, got ConvTranspose"),
+        (nn.LayerNorm(4), "int8", "^fc must be a linear layer or a convolution, got LayerNorm"),
+        (nn.Linear(32, 8), "int3", "unknown format 'int3'; choose one of: nvfp4, int8, fp8"),
+    ],
+)
+def test_what_cannot_be_frozen(layer: nn.Module, format: str, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        freeze(layer, format, 1.0, name="fc")
+
+
+@pytest.mark.parametrize("amax", [math.nan, math.inf, -1.0])
+def test_input_range_must_be_a_magnitude(amax: float) -> None:
+    with pytest.raises(InputError, match="input_amax"):
+        freeze(nn.Linear(32, 8), "int8", amax)
+
+
+def test_weight_that_is_not_finite() -> None:
+    layer = nn.Linear(32, 8)
+    layer.weight.data[1, 2] = math.nan
+    with pytest.raises(InputError, match=r"^blocks\.0\.fc\.weight must be finite.*\(1, 2\)"):
+        freeze(layer, "nvfp4", 1.0, name="blocks.0.fc")
+    with pytest.raises(InputError, match=r"^weight of Linear\(in_features=32"):
+        freeze(layer, "nvfp4", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "problem"),
+    [
+        (torch.ones(8), r"one factor for each of the 32 input channels, got shape \[8\]"),
+        (torch.zeros(32), "must be positive and finite"),
+        (torch.full((32,), math.nan), "must be positive and finite"),
+    ],
+)
+def test_smoothing_that_does_not_fit(smoothing: torch.Tensor, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        freeze(nn.Linear(32, 8), "int8", 1.0, input_smoothing=smoothing)
