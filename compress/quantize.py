@@ -103,6 +103,7 @@ def apply_choices(
             choice.format,
             choice.input_amax,
             input_smoothing=None if smoothing is None else smoothing.get(name),
+            name=name,
         )
         parent = model.layer(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], frozen)

@@ -82,7 +82,9 @@ def measure_layer(
         reference: output of that call before quantization.
         smoothing: the layer's input factors, if an algorithm calibrated some.
     """
-    frozen = freeze(model.layer(name), format_name, input_amax, input_smoothing=smoothing)
+    frozen = freeze(
+        model.layer(name), format_name, input_amax, input_smoothing=smoothing, name=name
+    )
     scope = model.block_of(name)
     if scope is None:
         output = primary_output(frozen(*call.arguments, **call.keywords))

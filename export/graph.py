@@ -97,7 +97,8 @@ def export_onnx(
     with quiet():
         traced = trace(module, example, dynamic_batch=dynamic_batch)
         model = _translate(traced.program, DIALECTS[dialect])
-        _tidy(model)
+        signature = traced.program.graph_signature
+        _tidy(model, {*signature.parameters, *signature.buffers})
     _rename(model, input_name, output_name)
     model.metadata_props.update(metadata)
     files = _save(model, path)
@@ -140,9 +141,12 @@ def _translate(program: torch.export.ExportedProgram, dialect: Dialect) -> ir.Mo
     return model
 
 
-def _tidy(model: ir.Model) -> None:
-    """Fold shape arithmetic, drop what nothing uses and what tells of the machine, in place."""
-    parameters = set(model.graph.initializers)
+def _tidy(model: ir.Model, parameters: set[str]) -> None:
+    """Fold shape arithmetic, drop what nothing uses and what tells of the machine, in place.
+
+    Args:
+        parameters: names of parameters and buffers, which are left as they are.
+    """
 
     def reads_parameter(node: ir.Node) -> bool | None:
         # None leaves the decision to the optimizer's own rules.

@@ -27,6 +27,7 @@ _CARRIERS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 _TRANSPARENT = ("Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten")
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _CODES: dict[int, str] = {TensorProto.INT8: "int8", TensorProto.FLOAT8E4M3FN: "fp8"}
+_CENTRE_OF_UINT8 = 128
 _NVFP4_BLOCK = 16
 _PAIR_TABLE_SHAPE = [256, 2]
 # Anything that no rule here recognizes; it equals no format of a plan.
@@ -207,8 +208,13 @@ class _Graph:
         if source.op_type != "QuantizeLinear":
             return _UNKNOWN
         zero_point = self.stored.get(source.input[2]) if len(source.input) > 2 else None
-        code_type = _integer(source, "output_dtype")
-        return _CODES.get(code_type if zero_point is None else zero_point.data_type, _UNKNOWN)
+        if zero_point is None:
+            return _CODES.get(_integer(source, "output_dtype"), _UNKNOWN)
+        if zero_point.data_type == TensorProto.UINT8:
+            # Unsigned codes around 128 stand for the same numbers as signed ones around 0.
+            is_centred = bool((onnx.numpy_helper.to_array(zero_point) == _CENTRE_OF_UINT8).all())
+            return "int8" if is_centred else _UNKNOWN
+        return _CODES.get(zero_point.data_type, _UNKNOWN)
 
     def _origin(self, value: str) -> str:
         """Follow `value` back through operators that change no values."""

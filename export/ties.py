@@ -5,7 +5,7 @@ into a whole step wherever a value lies between two codes, and deeper layers tur
 many. So outputs of a right and of a wrong export can be equally far apart. Here torch runs again
 with each quantized layer fed the codes that ONNX Runtime chose: what remains is the difference of
 one stretch of floating-point arithmetic at a time, and every code that torch would have chosen
-otherwise is counted.
+otherwise is counted and checked to lie on a tie.
 Source: ours; the idea of feeding back the other side's choices is teacher forcing (Williams and
 Zipser, 1989).
 """
@@ -31,6 +31,11 @@ from vcompress.export.runtime import run_with_internal_values
 __all__ = ["Ties", "count_ties"]
 
 
+# A value is taken for a tie if moving it by this share of the tensor's largest magnitude reaches
+# the other code: far more than the rounding error of float32, far less than a step.
+_NUDGE = 1e-5
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ties:
     """What is left of a difference when both sides use the same codes.
@@ -40,15 +45,41 @@ class Ties:
             torch; that of two runs of an unquantized model if the export is right.
         num_values: quantized input values in all layers.
         num_differing: those that torch would have rounded to another value.
-        worst_layer: the layer with the largest share of them; empty if there are none.
-        worst_share: that share.
+        num_unexplained: those of them that do not lie on a tie: a wrong scale or a wrong rounding.
+        worst_layer: the layer with the most unexplained values, else with the most that differ;
+            empty if none differ.
     """
 
     forced_relative_l2: float
     num_values: int
     num_differing: int
+    num_unexplained: int
     worst_layer: str
-    worst_share: float
+
+    def explanation(self, *, tolerance: float = 1e-5) -> str | None:
+        """One line that shows the ties, or None if ties alone do not explain the difference.
+
+        Args:
+            tolerance: largest relative L2 difference that floating-point arithmetic may cause.
+        """
+        if self.num_unexplained or not self.num_differing:
+            return None
+        if not self.forced_relative_l2 <= tolerance:
+            return None
+        return (
+            f"{self.num_differing} of {self.num_values} quantized values lie between two codes, "
+            f"most of them in {self.worst_layer}; rounded alike, the outputs differ by "
+            f"{self.forced_relative_l2:.1e}"
+        )
+
+
+@dataclass
+class _Count:
+    """Values of one layer's inputs."""
+
+    values: int = 0
+    differing: int = 0
+    unexplained: int = 0
 
 
 def count_ties(module: nn.Module, path: Path, x: NDArray[Any]) -> Ties:
@@ -61,17 +92,18 @@ def count_ties(module: nn.Module, path: Path, x: NDArray[Any]) -> Ties:
         name: layer for name, layer in module.named_modules() if isinstance(layer, FrozenLayer)
     }
     output, codes = _run_with_layer_inputs(path, x, frozen)
-    shares: dict[str, tuple[int, int]] = {}
-    with _forced({name: frozen[name] for name in codes}, codes, shares), torch.inference_mode():
+    counts = {name: _Count() for name in codes}
+    with _forced({name: frozen[name] for name in codes}, codes, counts), torch.inference_mode():
         forced = module(torch.from_numpy(x)).float().numpy()
-    worst = max(shares, key=lambda name: shares[name][0] / shares[name][1], default="")
-    num_differing = sum(differing for differing, _ in shares.values())
+    worst = max(
+        counts, key=lambda name: (counts[name].unexplained, counts[name].differing), default=""
+    )
     return Ties(
         forced_relative_l2=float(np.linalg.norm(output - forced) / np.linalg.norm(forced)),
-        num_values=sum(total for _, total in shares.values()),
-        num_differing=num_differing,
-        worst_layer=worst if num_differing else "",
-        worst_share=shares[worst][0] / shares[worst][1] if num_differing else 0.0,
+        num_values=sum(count.values for count in counts.values()),
+        num_differing=sum(count.differing for count in counts.values()),
+        num_unexplained=sum(count.unexplained for count in counts.values()),
+        worst_layer=worst if worst and counts[worst].differing else "",
     )
 
 
@@ -94,18 +126,17 @@ def _run_with_layer_inputs(
 def _forced(
     layers: Mapping[str, FrozenLayer],
     codes: Mapping[str, list[torch.Tensor]],
-    shares: dict[str, tuple[int, int]],
+    counts: Mapping[str, _Count],
 ) -> Iterator[None]:
-    """Let `layers` compute with `codes`; count in `shares` what they would have done otherwise."""
+    """Let `layers` compute with `codes`; count what they would have done otherwise."""
 
     def replacement(name: str, layer: FrozenLayer) -> Callable[[torch.Tensor], torch.Tensor]:
         original = layer.quantized_input
         queue = iter(codes[name])
 
         def quantized_input(x: torch.Tensor) -> torch.Tensor:
-            own, theirs = original(x), next(queue)
-            differing, total = shares.get(name, (0, 0))
-            shares[name] = (differing + int((own != theirs).sum()), total + own.numel())
+            theirs = next(queue)
+            _compare(original, x, theirs, counts[name])
             return theirs
 
         return quantized_input
@@ -118,3 +149,25 @@ def _forced(
     finally:
         for layer in layers.values():
             layer.__dict__.pop("quantized_input", None)
+
+
+def _compare(
+    quantize: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    theirs: torch.Tensor,
+    count: _Count,
+) -> None:
+    """Add to `count` where `theirs` is not what `quantize` makes of `x`."""
+    own = quantize(x)
+    count.values += own.numel()
+    differing = own != theirs
+    num_differing = int(differing.sum())
+    if not num_differing:
+        return
+    count.differing += num_differing
+    # Away from zero and toward it, so that the block scales of NVFP4 move both ways as well.
+    share = max(_NUDGE, 4 * torch.finfo(x.dtype).eps)
+    step = share * x.abs().max() * torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+    choices = torch.stack([own, quantize(x + step), quantize(x - step)])
+    is_tie = (choices.amin(0) <= theirs) & (theirs <= choices.amax(0))
+    count.unexplained += int((differing & ~is_tie).sum())

@@ -35,6 +35,8 @@ from vcompress.validate.report_types import Engine
 __all__ = ["produce"]
 
 _NUM_GOLDEN = 2
+# Of the names in the files: the model stands inside `PrimaryOutput`.
+_PREFIX = "model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ def produce(
         plan = save_plan(plan, smoothing, folder / "plan.json")
         with progress.stage("export", 3) as advance:
             graphs = _export(model, planned, plan, folder, advance)
-        _verify(planned, plan, graphs)
+        _verify(plan, graphs, progress)
         built = _build_engines(graphs, plan, options, folder, progress)
         with progress.stage("prove", 3 * len(clips.test)) as advance:
             proof = proving.prove(_forms(model, planned, plan, graphs), plan, clips.test, advance)
@@ -116,19 +118,24 @@ def _export(
     )
 
 
-def _verify(planned: VideoModel, plan: CompressionPlan, graphs: Graphs) -> None:
+def _verify(plan: CompressionPlan, graphs: Graphs, progress: Progress) -> None:
     """Read the formats back from the files: what was planned is what they hold."""
+    unquantized = read_precision(graphs.baseline, prefix=_PREFIX).layers
+    for name in plan.quantize:
+        if name not in unquantized:
+            progress.warn(f"{name} does not reach the exported output; its format has no effect")
     for facts in (graphs.portable, graphs.tensorrt):
-        found = read_precision(facts.files[0], prefix="model.").layers
+        found = read_precision(facts.files[0], prefix=_PREFIX).formats
         problems = []
         for name, choice in plan.quantize.items():
-            actual = found[name].weight_format if name in found else "no such layer"
-            if choice.format != FLOAT and actual != choice.format:
-                problems.append(f"{name}: planned {choice.format}, the file holds {actual}")
+            expected = "float" if choice.format == FLOAT else choice.format
+            if name in unquantized and found.get(name, "nothing") != expected:
+                problems.append(
+                    f"{name}: planned {choice.format}, the file holds {found.get(name, 'nothing')}"
+                )
         if problems:
-            message = f"{facts.files[0].name} does not hold what was planned:\n  " + "\n  ".join(
-                problems[:20]
-            )
+            listed = "\n  ".join(problems[:20])
+            message = f"{facts.files[0].name} does not hold what was planned:\n  {listed}"
             raise BuildError(message)
 
 

@@ -39,10 +39,14 @@ PLANNED = "planned torch"
 RESULT = "portable ONNX"
 TENSORRT = "TensorRT ONNX"
 
-# Relative L2 difference of the outputs. Integer kernels may round a tie the other way.
+# Relative L2 difference of the outputs. Float arithmetic differs in its last bits from one runtime
+# to the next, which can turn the rounding of a value that lies between two codes; one such step
+# spreads through the layers behind it (measured: 0.1 after twelve NVFP4 blocks with random
+# weights). So a difference between the last two counts only if every differing code is shown to
+# be such a tie and nothing is left of the difference once the codes are the same.
 FLOAT_TOLERANCE = 1e-5
 PLANNED_TOLERANCE = 1e-3
-TIE_TOLERANCE = 1e-2
+TIE_TOLERANCE = 0.2
 _BATCH_SIZE = 16
 _WARM_UP = 5
 _ROUNDS = 20
@@ -209,13 +213,7 @@ def _parity(
 
     def find_tie(x: Array) -> str | None:
         assert quantized_path is not None
-        ties = count_ties(PrimaryOutput(model.module), quantized_path, x)
-        if ties.forced_relative_l2 > tolerance:
-            return None
-        return (
-            f"{ties.num_differing} of {ties.num_values} quantized values lie between two codes; "
-            f"rounded alike, the difference is {ties.forced_relative_l2:.1e}"
-        )
+        return count_ties(PrimaryOutput(model.module), quantized_path, x).explanation()
 
     result = check_parity(
         lambda x: _torch(model, x),
@@ -229,7 +227,7 @@ def _parity(
         message = (
             f"{name} does not compute what its module computes: relative L2 difference "
             f"{result.relative_l2_max:.2e}, allowed {tolerance:.0e}"
-            f"{'' if tie_tolerance is None else f' ({tie_tolerance:.0e} for rounding ties)'}; "
+            f"{'' if tie_tolerance is None else ', and it is not explained by rounding ties'}; "
             "this is a fault of the export, please report it with the model's architecture"
         )
         raise BuildError(message)

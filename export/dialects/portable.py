@@ -53,8 +53,36 @@ def _nvfp4_quantize_dequantize(x: Any, tensor_scale: Any) -> Any:
     return like(result, x)
 
 
-def _nothing(model: ir.Model) -> None:
-    """The graph stays as translated."""
+def _int8_quantize_dequantize(x: Any, scale: Any, axis: int) -> Any:
+    zero_point = constant(np.full([int(size) for size in scale.shape], 128), np.uint8)
+    codes = op.QuantizeLinear(as_float(x), scale, zero_point, axis=axis)
+    return like(op.DequantizeLinear(codes, scale, zero_point, axis=axis), x)
+
+
+def _store_weights_transposed(model: ir.Model) -> None:
+    """Turn DequantizeLinear -> Transpose of a stored INT8 matrix into DequantizeLinear alone."""
+    for node in list(model.graph):
+        if node.op_type != "DequantizeLinear":
+            continue
+        stored, users = node.inputs[0], list(node.outputs[0].uses())
+        if (
+            stored is None
+            or stored.const_value is None
+            or stored.dtype != ir.DataType.INT8
+            or len(stored.const_value.shape) != 2
+            or len(stored.uses()) != 1
+            or len(users) != 1
+            or users[0].node.op_type != "Transpose"
+        ):
+            continue
+        codes = np.ascontiguousarray(stored.const_value.numpy().T)
+        stored.const_value = ir.tensor(codes, name=stored.name)
+        stored.shape = ir.Shape(codes.shape)
+        node.attributes["axis"] = ir.AttrInt64("axis", 1)
+        node.outputs[0].shape = ir.Shape(codes.shape)
+        transpose = users[0].node
+        ir.convenience.replace_all_uses_with(transpose.outputs[0], node.outputs[0])
+        model.graph.remove(transpose, safe=True)
 
 
 PORTABLE = Dialect(
@@ -63,8 +91,9 @@ PORTABLE = Dialect(
     opset_with_nvfp4=20,
     translations={
         **TRANSLATIONS,
+        torch.ops.vcompress.int8_quantize_dequantize.default: _int8_quantize_dequantize,
         torch.ops.vcompress.nvfp4_dequantize.default: _nvfp4_dequantize,
         torch.ops.vcompress.nvfp4_quantize_dequantize.default: _nvfp4_quantize_dequantize,
     },
-    finish=_nothing,
+    finish=_store_weights_transposed,
 )

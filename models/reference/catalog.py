@@ -15,7 +15,7 @@ from vcompress.models.checkpoint import Checkpoint, read_safetensors
 from vcompress.models.reference import moving_fashion, penvideo
 from vcompress.models.video import VideoModel
 from vcompress.spec.clip import ClipSpec
-from vcompress.spec.errors import InputError
+from vcompress.spec.errors import InputError, MissingCapabilityError
 from vcompress.spec.strict_json import nearest
 
 __all__ = ["REFERENCE_MODELS", "load_reference", "reference_clips"]
@@ -62,6 +62,12 @@ def load_reference(name: str) -> VideoModel:
     """The shipped recogniser `name` ("penvideo20" or "moving-fashion"), float32."""
     entry = _entry(name)
     assets = resources.files("vcompress.models.reference") / "assets"
+    if not (assets / f"{entry.asset}.safetensors").is_file():
+        message = (
+            f"the weights of reference:{name} do not ship with this version; train them with "
+            f"python -m vcompress.models.reference.train {entry.asset} --data FOLDER"
+        )
+        raise MissingCapabilityError(message)
     config = json.loads((assets / f"{entry.asset}.json").read_text())
     with resources.as_file(assets / f"{entry.asset}.safetensors") as path:
         tensors, _ = read_safetensors(path)

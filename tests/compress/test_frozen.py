@@ -162,6 +162,21 @@ def test_gradients_do_not_follow() -> None:
     assert not result(torch.randn(1, 32)).requires_grad
 
 
+# torch warns of its own use of its own trees.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize("format", FORMATS)
+def test_operators_survive_torch_export(format: str) -> None:
+    module = nn.Sequential(frozen(nn.Linear(32, 8), format))
+    example = torch.randn(2, 32)
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    targets = {str(node.target) for node in program.run_decompositions().graph.nodes}
+    assert f"vcompress.{format}_quantize_dequantize.default" in targets
+    assert f"vcompress.{format}_dequantize.default" in targets
+    x = torch.randn(5, 32)
+    assert torch.equal(program.module()(x), module(x))
+
+
 def test_prints_its_format() -> None:
     assert "format=int8, weight_bits=2304" in repr(frozen(nn.Linear(32, 8), "int8"))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,10 @@ def test_a_wrong_scale_is_no_tie(exported: Exporter, clips: torch.Tensor) -> Non
     wrong.get_submodule("out").input_scale *= 1.01
     ties = count_ties(wrong, made.path, clips.numpy())
     assert ties.worst_layer == "out"
-    assert ties.worst_share > 0.1
+    assert ties.num_unexplained > 100
+    # With the codes forced, the wrong scale does not show in the output.
+    assert ties.forced_relative_l2 < 1e-5
+    assert ties.explanation() is None
 
 
 def test_a_wrong_weight_is_no_tie(exported: Exporter, clips: torch.Tensor) -> None:
@@ -28,6 +32,7 @@ def test_a_wrong_weight_is_no_tie(exported: Exporter, clips: torch.Tensor) -> No
     wrong.get_submodule("head").weight_tensor_scale *= 1.01
     ties = count_ties(wrong, made.path, clips.numpy())
     assert ties.forced_relative_l2 > 1e-3
+    assert ties.explanation() is None
 
 
 def test_a_tie_is_counted_and_does_not_spread(exported: Exporter, clips: torch.Tensor) -> None:
@@ -45,7 +50,9 @@ def test_a_tie_is_counted_and_does_not_spread(exported: Exporter, clips: torch.T
     ties = count_ties(nudged, made.path, x.numpy())
     assert ties.worst_layer == "stem"
     assert 1 <= ties.num_differing < 10
+    assert ties.num_unexplained == 0
     assert ties.forced_relative_l2 < 1e-5
+    assert re.match(r"1 of 21696 quantized values lie between two .* stem; ", ties.explanation())
     with torch.no_grad():
         assert (nudged(x) - module(x)).norm() / module(x).norm() > 1e-5
 
@@ -66,4 +73,6 @@ def test_counts_every_value(exported: Exporter, clips: torch.Tensor, format: str
     made = exported("tiny", format, "portable")
     # Inputs of the stem, qkv and out (2 x 4 x 4 tokens of 64), and head, for three clips.
     expected = 3 * (4 * 3 * 16 * 16 + 2 * 32 * 64 + 64)
-    assert count_ties(made.module, made.path, clips.numpy()).num_values == expected
+    ties = count_ties(made.module, made.path, clips.numpy())
+    assert ties.num_values == expected
+    assert (ties.explanation() is None) == (ties.num_differing == 0)
