@@ -5,10 +5,10 @@ from __future__ import annotations
 __all__ = ["MAX_DROP_POINTS", "MAX_LAYER_ERROR", "NUM_CLIPS", "NUM_TEST_CLIPS"]
 
 NUM_CLIPS = 64
-NUM_TEST_CLIPS = 500
+NUM_TEST_CLIPS = 1000
 
 # Relative error of a block's output that one layer alone may cause before it gets more bits.
-MAX_LAYER_ERROR = 0.03
+MAX_LAYER_ERROR = 0.02
 
 # The bar where clips have labels and the user names none.
 MAX_DROP_POINTS = 1.0
