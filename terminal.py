@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Console"]
 
+_FILE_WIDTH = 240
 _STATUS_STYLES = {"works": "green", "simulated": "yellow", "missing": "red"}
 
 
@@ -34,7 +35,10 @@ class Console:
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self._json, self._quiet = as_json, quiet
-        self._out = RichConsole(highlight=False, soft_wrap=True)
+        self._out = RichConsole(highlight=False)
+        if not self._out.is_terminal:
+            # Into a file or a pipe: lines stay whole, so that they can be searched.
+            self._out.width = _FILE_WIDTH
         self._err = RichConsole(stderr=True, highlight=False)
         self._warnings: list[str] = []
 

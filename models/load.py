@@ -76,6 +76,12 @@ def load_model(source: str, options: LoadOptions | None = None) -> VideoModel:
 
 def _load_directory(path: Path, options: LoadOptions) -> VideoModel:
     module, family, config = read_directory(path)
+    if "_class_name" in config:
+        message = (
+            f"{path} is the denoiser {family}: it takes latents, a timestep and text, and this "
+            "version compresses models whose only input is a clip; read_directory loads it"
+        )
+        raise InputError(message)
     adapter = next((adapter for adapter in ADAPTERS if adapter.family == family), None)
     if adapter is None:
         model = wrap_module(

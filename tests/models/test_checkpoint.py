@@ -102,6 +102,7 @@ def test_a_diffusers_transformer_directory_loads(tmp_path: Path) -> None:
     assert family == "LatteTransformer3DModel"
     state = module.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    assert "takes latents, a timestep and text" in refused(str(tmp_path / "transformer"))
 
 
 class Research(nn.Module):
