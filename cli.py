@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import vcompress
-from vcompress.spec.defaults import MAX_LAYER_ERROR, NUM_CLIPS, NUM_TEST_CLIPS
+from vcompress.cli_options import common, model_options, plan_options, proof_options
 from vcompress.spec.errors import QualityGateError, VcompressError
 from vcompress.spec.target import TARGETS
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _EXAMPLES = """\b
 Examples:
   vcompress demo
@@ -45,117 +43,6 @@ def cli() -> None:
     """Compress a trained video model and prove what it can still do."""
 
 
-def _with_options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
-    """One decorator out of several, which `--help` lists in this order."""
-
-    def decorate(function: _F) -> _F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-_common = _with_options(
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress on standard error."),
-)
-
-_model_options = _with_options(
-    click.option(
-        "--arch",
-        metavar="MODULE:CALLABLE",
-        help="Builds the architecture of a bare state dict.",
-    ),
-    click.option(
-        "--input-spec",
-        metavar="LAYOUT:TYPE:SIZES",
-        help="Input of a model that no adapter knows, e.g. NCTHW:float32:1x3x16x112x112.",
-    ),
-    click.option(
-        "--trust-pickle", is_flag=True, help="Unpickle whole modules. Runs code from the file."
-    ),
-    click.option("--clip-stride", type=click.IntRange(1), help="Take every n-th frame of a video."),
-    click.option("--fps", type=float, help="Resample videos to this frame rate first."),
-    click.option(
-        "--task",
-        type=click.Choice(["classify", "embed", "restore", "generic"]),
-        help="What the output means, where the model does not say.",
-    ),
-)
-
-_plan_options = _with_options(
-    click.option(
-        "--target", required=True, type=click.Choice(list(TARGETS)), help="The deployment."
-    ),
-    click.option(
-        "--calib",
-        metavar="PATH",
-        help="Clips to calibrate on: a folder of videos, an .npz or a .pt file.",
-    ),
-    click.option(
-        "--num-clips",
-        default=NUM_CLIPS,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Calibration clips.",
-    ),
-    click.option(
-        "--tokens",
-        type=float,
-        metavar="RATIO",
-        help="Merge tokens: mean share that a block keeps, e.g. 0.7.",
-    ),
-    click.option(
-        "--algorithm",
-        default="max",
-        show_default=True,
-        type=click.Choice(["max", "modelopt-max", "smoothquant", "awq"]),
-        help="How inputs are calibrated; all but max use modelopt.",
-    ),
-    click.option(
-        "--max-layer-error",
-        default=MAX_LAYER_ERROR,
-        show_default=True,
-        type=float,
-        help="Error of a block's output that one layer may cause before it gets more bits.",
-    ),
-    click.option("--seed", default=0, show_default=True, type=int, help="Of every random choice."),
-)
-
-_proof_options = _with_options(
-    click.option(
-        "--data",
-        metavar="PATH",
-        help="Test clips, in folders by class. Default: a held-out part of --calib.",
-    ),
-    click.option(
-        "--num-test-clips",
-        default=NUM_TEST_CLIPS,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Test clips, at most.",
-    ),
-    click.option(
-        "--max-drop",
-        type=click.FloatRange(0),
-        metavar="POINTS",
-        help="Exit with 3 if top-1 drops more. Default: 1.0 if the clips have labels.",
-    ),
-    click.option(
-        "--min-sqnr", type=float, metavar="DB", help="Exit with 3 if the outputs' SQNR is lower."
-    ),
-    click.option(
-        "--engine/--no-engine",
-        default=True,
-        show_default=True,
-        help="Build the TensorRT-RTX engine.",
-    ),
-    click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: NAME-TARGET/."),
-    click.option("--force", is_flag=True, help="Replace an artifact that is already there."),
-)
-
-
 def _load_options(values: dict[str, Any]) -> LoadOptions:
     from vcompress.models.load import LoadOptions
 
@@ -165,10 +52,10 @@ def _load_options(values: dict[str, Any]) -> LoadOptions:
 
 @cli.command(epilog=_EXAMPLES)
 @click.argument("model")
-@_plan_options
-@_proof_options
-@_model_options
-@_common
+@plan_options
+@proof_options
+@model_options
+@common
 def quantize(model: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Plan, apply, export, build and prove: the whole job for MODEL.
 
@@ -188,12 +75,12 @@ def quantize(model: str, as_json: bool, quiet: bool, **values: Any) -> None:
 
 @cli.command()
 @click.argument("model")
-@_plan_options
+@plan_options
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=Path("plan.json"), show_default=True
 )
-@_model_options
-@_common
+@model_options
+@common
 def plan(model: str, output: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """Decide only: write the plan of MODEL, one layer a line, to be read and edited."""
     from vcompress import pipeline
@@ -213,9 +100,9 @@ def plan(model: str, output: Path, as_json: bool, quiet: bool, **values: Any) ->
 @click.option(
     "--calib", metavar="PATH", help="Only for the golden clips and the held-out test clips."
 )
-@_proof_options
-@_model_options
-@_common
+@proof_options
+@model_options
+@common
 def apply(plan_file: Path, model: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Execute exactly PLAN on MODEL, then export, build and prove."""
     from vcompress import pipeline
@@ -235,7 +122,7 @@ def apply(plan_file: Path, model: str, as_json: bool, quiet: bool, **values: Any
 @click.option(
     "--max-drop", type=click.FloatRange(0), metavar="POINTS", help="Default: the bar of the report."
 )
-@_common
+@common
 def validate(
     artifact: Path, data: str | None, max_drop: float | None, as_json: bool, quiet: bool
 ) -> None:
@@ -252,7 +139,7 @@ def validate(
 
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@_common
+@common
 def inspect(file: Path, as_json: bool, quiet: bool) -> None:
     """What FILE is (an artifact, a plan or an ONNX file): per layer, what was decided and why."""
     from vcompress.terminal import Console
@@ -261,7 +148,7 @@ def inspect(file: Path, as_json: bool, quiet: bool) -> None:
 
 
 @cli.command()
-@_common
+@common
 def doctor(as_json: bool, quiet: bool) -> None:
     """What this machine can build, run and only simulate."""
     from vcompress.export.capabilities import capabilities
@@ -279,7 +166,7 @@ def doctor(as_json: bool, quiet: bool) -> None:
     default=Path("vcompress-demo"),
     show_default=True,
 )
-@_common
+@common
 def demo(target: str, output: Path, as_json: bool, quiet: bool) -> None:
     """Compress a recogniser that ships with vcompress. Needs no file and no network."""
     from vcompress import pipeline

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from vcompress.calib.sources import ClipRequest, ClipSets, open_clip_sets
 from vcompress.export.publish import check_output
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.planning import apply_plan, make_plan, read_plan, save_plan
-from vcompress.pipeline.production import produce
 from vcompress.pipeline.run import Options, Outcome, Progress, Silent
-from vcompress.spec.errors import InputError
+from vcompress.spec.errors import InputError, MissingCapabilityError
 from vcompress.spec.plan import CompressionPlan
 from vcompress.spec.target import find_target
 
@@ -35,11 +38,7 @@ def quantize(
     progress = progress or Silent()
     model, clips, output = _prepare(source, options, load, progress)
     plan, smoothing = make_plan(model, clips.calibration, options, progress)
-    with progress.stage("apply"):
-        planned = apply_plan(model, plan, smoothing)
-    return produce(
-        model, planned, plan, smoothing, clips, options=options, output=output, progress=progress
-    )
+    return _produce(model, plan, smoothing, clips, options, output, progress)
 
 
 def write_plan(
@@ -66,6 +65,15 @@ def apply(
     if options.calib is None:
         options = replace(options, calib=str(plan.evidence.get("calib", "")) or None)
     model, clips, output = _prepare(source, options, load, progress)
+    return _produce(model, plan, smoothing, clips, options, output, progress)
+
+
+def _produce(
+    model: VideoModel, plan: CompressionPlan, smoothing: Mapping[str, torch.Tensor],
+    clips: ClipSets, options: Options, output: Path, progress: Progress,
+) -> Outcome:  # fmt: skip
+    from vcompress.pipeline.production import produce
+
     with progress.stage("apply"):
         planned = apply_plan(model, plan, smoothing)
     return produce(
@@ -73,11 +81,26 @@ def apply(
     )
 
 
+def _require_export() -> None:
+    """Planning needs little; what follows it needs these packages, so they are asked for first."""
+    missing = [
+        name for name in ("onnxscript", "onnx_ir", "ml_dtypes", "onnxruntime", "jinja2")
+        if importlib.util.find_spec(name) is None
+    ]  # fmt: skip
+    if missing:
+        message = (
+            f"export and proof need {', '.join(missing)}: pip install 'vcompress-ai[cpu]'; "
+            "vcompress plan works without"
+        )
+        raise MissingCapabilityError(message)
+
+
 def _prepare(
     source: str | VideoModel, options: Options, load: LoadOptions | None, progress: Progress
 ) -> tuple[VideoModel, ClipSets, Path]:
     """Everything that can be wrong with the input is found here, before minutes of work."""
     find_target(options.target)
+    _require_export()
     _require_calib(options)
     if options.output is not None:
         check_output(options.output, force=options.force)
