@@ -174,7 +174,10 @@ def demo(target: str, output: Path, as_json: bool, quiet: bool) -> None:
 
     console = Console(as_json=as_json, quiet=quiet)
     source = "reference:penvideo20"
-    options = pipeline.Options(target=target, calib=source, output=output, force=True)
+    # Enough clips to certify a drop below one point, few enough to end within a minute.
+    options = pipeline.Options(
+        target=target, calib=source, output=output, num_test_clips=500, force=True
+    )
     _finish(pipeline.quantize(source, options=options, progress=console), console)
 
 

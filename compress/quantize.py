@@ -14,7 +14,7 @@ import torch
 
 from vcompress.compress.frozen import freeze
 from vcompress.models.video import VideoModel
-from vcompress.spec.formats import FLOAT, FORMATS
+from vcompress.spec.formats import FLOAT
 from vcompress.spec.plan import LayerChoice
 from vcompress.spec.target import Target
 
@@ -25,12 +25,7 @@ def candidate_formats(model: VideoModel, target: Target) -> dict[str, str]:
     """For every layer the first format of `target` that its kind and shape allow."""
     return {
         name: next(
-            (
-                candidate
-                for candidate in target.formats
-                if candidate == FLOAT
-                or FORMATS[candidate].objection(facts.kind, facts.weight_shape) is None
-            ),
+            (candidate for candidate in target.formats if facts.objection(candidate) is None),
             FLOAT,
         )
         for name, facts in model.layers.items()
@@ -57,12 +52,11 @@ def _choose_one(
     score: float | None, max_layer_error: float,
 ) -> LayerChoice:  # fmt: skip
     choice = LayerChoice(format=FLOAT, reason="", input_amax=input_amax, score=score)
-    if input_amax is None:
-        return replace(choice, reason="no calibration clip reached this layer")
-    facts = model.layers[name]
-    objection = FORMATS[target.formats[0]].objection(facts.kind, facts.weight_shape)
+    objection = model.layers[name].objection(target.formats[0])
     if first == FLOAT:
         return replace(choice, reason=objection or "the target has no format for this layer")
+    if input_amax is None:
+        return replace(choice, reason="no calibration clip reached this layer")
     shape_note = "" if objection is None else f"{objection}; "
     assert score is not None
     if score <= max_layer_error:
@@ -76,12 +70,7 @@ def _choose_one(
 def _next_format(target: Target, rejected: str, name: str, model: VideoModel) -> str:
     facts = model.layers[name]
     later = target.formats[target.formats.index(rejected) + 1 :]
-    return next(
-        candidate
-        for candidate in (*later, FLOAT)
-        if candidate == FLOAT
-        or FORMATS[candidate].objection(facts.kind, facts.weight_shape) is None
-    )
+    return next(candidate for candidate in (*later, FLOAT) if facts.objection(candidate) is None)
 
 
 def apply_choices(
@@ -98,12 +87,16 @@ def apply_choices(
         if choice.format == FLOAT:
             continue
         assert choice.input_amax is not None, "the plan was not checked"
+        layer = model.layer(name)
         frozen = freeze(
-            model.layer(name),
+            layer,
             choice.format,
             choice.input_amax,
             input_smoothing=None if smoothing is None else smoothing.get(name),
             name=name,
         )
-        parent = model.layer(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], frozen)
+        # A layer that is used in several places has several names, and stands in the plan by one.
+        for place, module in list(model.module.named_modules(remove_duplicate=False)):
+            if module is layer:
+                parent, _, child = place.rpartition(".")
+                setattr(model.layer(parent), child, frozen)

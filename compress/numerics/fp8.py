@@ -1,13 +1,22 @@
 """FP8: E4M3 floating-point numbers, W8A8.
 
-What: weight and input each have one float32 scale a tensor, amax / 448.
+What: weight and input each have one float32 scale a tensor, amax / 448; a weight can have one an
+output channel instead.
 Source: Micikevicius et al., "FP8 Formats for Deep Learning" (https://arxiv.org/abs/2209.05433); the
 variant without infinities, float8_e4m3fn, as in ONNX QuantizeLinear with `saturate=1`.
 Outside the range: values beyond the calibrated amax saturate, infinities too; NaN stays NaN.
+
+Shapes: N output channels, the contraction is of any size.
+
+| stored | type | shape | bits a value |
+|---|---|---|---|
+| codes | float8_e4m3fn | [N, ...] | 8 |
+| scale | float32 | [], or [N] per channel | 32 / numel, or 32 N / numel |
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +26,7 @@ from vcompress.compress.numerics.rounding import round_mantissa_
 
 __all__ = [
     "LARGEST_CODE", "Fp8Weight", "dequantize", "fake_quantize_weight", "input_scale",
-    "quantize_dequantize", "quantize_weight",
+    "quantize_dequantize", "quantize_weight", "weight_bits",
 ]  # fmt: skip
 
 LARGEST_CODE = 448.0
@@ -25,23 +34,37 @@ LARGEST_CODE = 448.0
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Weight:
-    """A stored weight: `codes` float8_e4m3fn `[N, ...]`, `scale` float32, 0-dim."""
+    """A stored weight: `codes` float8_e4m3fn `[N, ...]`, `scale` float32, 0-dim or `[N]`."""
 
     codes: torch.Tensor
     scale: torch.Tensor
 
 
-def quantize_weight(weight: torch.Tensor, *, name: str = "weight") -> Fp8Weight:
-    """Quantize `weight` `[N, ...]` with one scale.
+def _broadcast(scale: torch.Tensor, num_axes: int) -> torch.Tensor:
+    """View scales `[N]` along the first of `num_axes` axes; pass a 0-dim one."""
+    return scale if scale.ndim == 0 else scale.view(-1, *[1] * (num_axes - 1))
+
+
+def weight_bits(shape: tuple[int, ...], *, per_channel: bool = False) -> int:
+    """Bits of a stored weight of `shape` `[N, ...]`, scales counted."""
+    return math.prod(shape) * 8 + (shape[0] if per_channel else 1) * 32
+
+
+def quantize_weight(
+    weight: torch.Tensor, *, per_channel: bool = False, name: str = "weight"
+) -> Fp8Weight:
+    """Quantize `weight` `[N, ...]` with one scale, or with one for each of its N output channels.
 
     Raises:
         InputError: see `operands.check_weight`.
     """
     weight = operands.check_weight(weight, name)
-    scale = operands.weight_scale(weight.abs().amax(), LARGEST_CODE)
+    magnitude = weight.abs()
+    amax = magnitude.flatten(1).amax(1) if per_channel else magnitude.amax()
+    scale = operands.weight_scale(amax, LARGEST_CODE)
     # torch turns what exceeds the range into NaN; ONNX and the hardware saturate.
-    codes = (weight / scale).clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.float8_e4m3fn)
-    return Fp8Weight(codes=codes, scale=scale)
+    scaled = (weight / _broadcast(scale, weight.ndim)).clamp_(-LARGEST_CODE, LARGEST_CODE)
+    return Fp8Weight(codes=scaled.to(torch.float8_e4m3fn), scale=scale)
 
 
 def input_scale(amax: float) -> torch.Tensor:
@@ -69,8 +92,8 @@ def _(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("vcompress::fp8_dequantize", mutates_args=())
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The float32 values of float8_e4m3fn `codes` with a 0-dim `scale`."""
-    return codes.float().mul_(scale)
+    """The float32 values of float8_e4m3fn `codes` `[N, ...]`; `scale` is 0-dim or `[N]`."""
+    return codes.float().mul_(_broadcast(scale, codes.ndim))
 
 
 @dequantize.register_fake
@@ -78,8 +101,8 @@ def _(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
-def fake_quantize_weight(weight: torch.Tensor) -> torch.Tensor:
+def fake_quantize_weight(weight: torch.Tensor, *, per_channel: bool = False) -> torch.Tensor:
     """`weight` `[N, ...]` after a round trip through FP8, in its own type."""
-    stored = quantize_weight(weight)
+    stored = quantize_weight(weight, per_channel=per_channel)
     values: torch.Tensor = dequantize(stored.codes, stored.scale)
     return values.to(weight.dtype)

@@ -13,7 +13,23 @@ Outside the range: an input's tensor scale is static, its block scales are dynam
 amax exceeds the calibrated one gets the largest block scale, 448, so that its values saturate at
 the calibrated amax; infinities too. NaN makes its whole block NaN, as its scale is.
 
-Shapes: N output channels, K contraction, 16 values a block.
+Four over six (Cook et al., https://arxiv.org/abs/2512.02010): between 4 and 6 there is no element,
+so a block whose values crowd below its largest one is nearer if that becomes 4. Of the two scales,
+amax / 6 and amax / 4, the one with the smaller squared error is taken, 6 if they are equal; the
+tensor scale is amax / (6 * 256), so that a scale half as large again still fits. For weights only,
+as modelopt's NVFP4_FOUR_OVER_SIX. Equal to what modelopt exports: tensor scale, both candidate
+scales to the bit, and the elements of the chosen one. Different: errors are summed in units of the
+tensor scale, so that the choice may differ where the two agree to float32's rounding; a block of
+zeros has scale 1.0 (modelopt: 1.0 / tensor_scale, clamped); modelopt's scales are infinite before
+their clamp when amax is above 2^122.
+
+Shapes: N output channels, K contraction, divisible by 16.
+
+| stored | type | shape | bits a value |
+|---|---|---|---|
+| packed | uint8, the even index in the low four bits | [N, K/2] | 4 |
+| block_scale | float8_e4m3fn | [N, K/16] | 0.5 |
+| tensor_scale | float32 | [] | 32 / (N K) |
 """
 
 from __future__ import annotations
@@ -22,40 +38,21 @@ from dataclasses import dataclass
 
 import torch
 
-from vcompress.compress.numerics import operands
-from vcompress.compress.numerics.rounding import round_mantissa_
-from vcompress.spec.errors import InputError
+from vcompress.compress.numerics import e2m1, operands
+from vcompress.compress.numerics.e2m1 import ELEMENT_VALUES, LARGEST_ELEMENT, pack, unpack
 
 __all__ = [
     "BLOCK_SIZE", "ELEMENT_VALUES", "LARGEST_CODE", "Nvfp4Weight", "dequantize",
     "fake_quantize_weight", "input_scale", "pack", "quantize_dequantize", "quantize_weight",
-    "unpack",
+    "unpack", "weight_bits",
 ]  # fmt: skip
 
 BLOCK_SIZE = 16
-# Indexed by the four bits of an element.
-ELEMENT_VALUES = (
-    0.0,
-    0.5,
-    1.0,
-    1.5,
-    2.0,
-    3.0,
-    4.0,
-    6.0,
-    -0.0,
-    -0.5,
-    -1.0,
-    -1.5,
-    -2.0,
-    -3.0,
-    -4.0,
-    -6.0,
-)
-_LARGEST_ELEMENT = 6.0
 _SMALLEST_BLOCK_SCALE = 2.0**-9
 _LARGEST_BLOCK_SCALE = 448.0
-LARGEST_CODE = _LARGEST_ELEMENT * _LARGEST_BLOCK_SCALE
+LARGEST_CODE = LARGEST_ELEMENT * _LARGEST_BLOCK_SCALE
+# 1.5 * 256 = 384 is an E4M3 number: mapping the largest block to 4 stays in the range.
+_FOUR_OVER_SIX_LARGEST_CODE = LARGEST_ELEMENT * 256.0
 # 256 Ki values are 1 MiB: all temporaries of a piece stay in the cache.
 _PIECE = 2**18
 
@@ -75,63 +72,67 @@ class Nvfp4Weight:
     tensor_scale: torch.Tensor
 
 
-def _check_contraction(size: int, what: str) -> None:
-    if size == 0 or size % BLOCK_SIZE:
-        message = (
-            f"nvfp4 needs a last axis divisible by {BLOCK_SIZE} and not empty, {what} has {size}; "
-            "choose another format for the layer"
-        )
-        raise InputError(message)
-
-
-def _block_scale(blocks: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
-    """E4M3 scales `[..., 1]` of float32 `blocks` `[..., 16]`; 1.0 for a block of zeros."""
+def _block_amax(blocks: torch.Tensor) -> torch.Tensor:
     smallest, largest = torch.aminmax(blocks, dim=-1, keepdim=True)
-    scale = torch.maximum(largest, smallest.neg_()) / (_LARGEST_ELEMENT * tensor_scale)
+    return torch.maximum(largest, smallest.neg_())
+
+
+def _to_e4m3(scale: torch.Tensor) -> torch.Tensor:
+    """Block scales as E4M3, which are never zero; 1.0 for 0. Overwrites `scale`."""
     scale.masked_fill_(scale == 0, 1.0).clamp_(_SMALLEST_BLOCK_SCALE, _LARGEST_BLOCK_SCALE)
     return scale.to(torch.float8_e4m3fn)
 
 
-def _round_elements_(scaled: torch.Tensor) -> torch.Tensor:
-    """Round float32 values to E2M1 in place, saturating at 6."""
-    scaled.clamp_(-_LARGEST_ELEMENT, _LARGEST_ELEMENT)
-    return round_mantissa_(scaled, num_bits=1, smallest_normal=1.0)
+def _block_scale(blocks: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
+    """E4M3 scales `[..., 1]` of float32 `blocks` `[..., 16]`; 1.0 for a block of zeros."""
+    return _to_e4m3(_block_amax(blocks) / (LARGEST_ELEMENT * tensor_scale))
 
 
-def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Put pairs of four-bit `codes` (uint8 `[..., K]`, K even) into bytes `[..., K/2]`."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+def _four_over_six_scale(blocks: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
+    """As `_block_scale`; maps the largest value of each block to 6 or, if that is nearer, to 4."""
+    amax = _block_amax(blocks)
+    # In units of the tensor scale no square overflows.
+    units = blocks / tensor_scale
+    scales, errors = [], []
+    for multiplier in (1.0, 1.5):
+        # The order of these operations is modelopt's; any other would round some scales otherwise.
+        scale = _to_e4m3(amax * multiplier / LARGEST_ELEMENT / tensor_scale)
+        rounded = e2m1.round_(units / scale.float()).mul_(scale.float())
+        errors.append(rounded.sub_(units).square_().sum(-1, keepdim=True))
+        scales.append(scale.float())
+    six, four = scales
+    return torch.where(errors[1] < errors[0], four, six).to(torch.float8_e4m3fn)
 
 
-def unpack(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack`: bytes `[..., K/2]` to four-bit codes, uint8 `[..., K]`."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+def weight_bits(shape: tuple[int, int]) -> int:
+    """Bits of a stored weight of `shape` `[N, K]`, scales counted: 4.5 a value, and 32."""
+    count = shape[0] * shape[1]
+    return count * 4 + count // BLOCK_SIZE * 8 + 32
 
 
-def quantize_weight(weight: torch.Tensor, *, name: str = "weight") -> Nvfp4Weight:
+def quantize_weight(
+    weight: torch.Tensor, *, four_over_six: bool = False, name: str = "weight"
+) -> Nvfp4Weight:
     """Quantize `weight` `[N, K]`, with K divisible by 16.
+
+    Args:
+        weight: any floating-point type; the arithmetic is float32.
+        four_over_six: choose for each block whether its largest value becomes 6 or 4. Mostly
+            lowers the error, takes two more roundings; stored and computed with alike.
+        name: what the error calls the weight.
 
     Raises:
         InputError: see `operands.check_weight`; not two axes; K not divisible by 16.
     """
-    weight = operands.check_weight(weight, name)
-    if weight.ndim != 2:
-        message = (
-            f"{name} must have shape [N, K] for nvfp4, got {list(weight.shape)}; use int8 or fp8 "
-            "for convolutions"
-        )
-        raise InputError(message)
-    _check_contraction(weight.shape[1], name)
-    tensor_scale = operands.weight_scale(weight.abs().amax(), LARGEST_CODE)
+    weight = operands.check_matrix(weight, name, format="nvfp4", block_size=BLOCK_SIZE)
+    largest_code = _FOUR_OVER_SIX_LARGEST_CODE if four_over_six else LARGEST_CODE
+    tensor_scale = operands.weight_scale(weight.abs().amax(), largest_code)
     blocks = weight.reshape(weight.shape[0], -1, BLOCK_SIZE)
-    block_scale = _block_scale(blocks, tensor_scale)
-    scaled = blocks / (block_scale.float() * tensor_scale)
-    sign = (scaled < 0).to(torch.uint8) << 3
-    # Twice an element is 0, 1, 2, 3, 4, 6, 8 or 12; the three terms give its code, 0 to 7.
-    twice = _round_elements_(scaled).abs_().mul_(2).to(torch.uint8)
-    codes = torch.minimum(torch.minimum(twice, (twice >> 1) + 2), (twice >> 2) + 4)
+    choose_scale = _four_over_six_scale if four_over_six else _block_scale
+    block_scale = choose_scale(blocks, tensor_scale)
+    codes = e2m1.encode(blocks / (block_scale.float() * tensor_scale))
     return Nvfp4Weight(
-        packed=pack((codes | sign).flatten(1)),
+        packed=pack(codes.flatten(1)),
         block_scale=block_scale.squeeze(-1).contiguous(),
         tensor_scale=tensor_scale,
     )
@@ -153,20 +154,20 @@ def quantize_dequantize(x: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Te
     Raises:
         InputError: K is not divisible by 16.
     """
-    _check_contraction(x.shape[-1], "the input")
+    operands.check_blocks(x.shape[-1], BLOCK_SIZE, "nvfp4", "the input")
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
     values, rounded = x.reshape(-1), result.view(-1)
     for start in range(0, values.numel(), _PIECE):
         blocks = values[start : start + _PIECE].view(-1, BLOCK_SIZE).float()
         scale = _block_scale(blocks, tensor_scale).float().mul_(tensor_scale)
-        elements = _round_elements_(blocks / scale)
+        elements = e2m1.round_(blocks / scale)
         torch.mul(elements, scale, out=rounded[start : start + _PIECE].view(-1, BLOCK_SIZE))
     return result
 
 
 @quantize_dequantize.register_fake
 def _(x: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
-    _check_contraction(x.shape[-1], "the input")
+    operands.check_blocks(x.shape[-1], BLOCK_SIZE, "nvfp4", "the input")
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -175,11 +176,7 @@ def dequantize(
     packed: torch.Tensor, block_scale: torch.Tensor, tensor_scale: torch.Tensor
 ) -> torch.Tensor:
     """The float32 values `[N, K]` of a stored weight; arguments as in `Nvfp4Weight`."""
-    values = torch.tensor(ELEMENT_VALUES, device=packed.device)
-    # One look-up fetches both elements of a byte: two float32 seen as one int64.
-    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=1)
-    both = pairs.view(torch.int64).flatten().index_select(0, packed.flatten().int())
-    blocks = both.view(torch.float32).view(*block_scale.shape, BLOCK_SIZE)
+    blocks = e2m1.decode(packed).view(*block_scale.shape, BLOCK_SIZE)
     return blocks.mul_((block_scale.float() * tensor_scale).unsqueeze(-1)).flatten(-2)
 
 
@@ -188,8 +185,8 @@ def _(packed: torch.Tensor, block_scale: torch.Tensor, tensor_scale: torch.Tenso
     return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=torch.float32)
 
 
-def fake_quantize_weight(weight: torch.Tensor) -> torch.Tensor:
+def fake_quantize_weight(weight: torch.Tensor, *, four_over_six: bool = False) -> torch.Tensor:
     """`weight` `[N, K]` after a round trip through NVFP4, in its own type."""
-    stored = quantize_weight(weight)
+    stored = quantize_weight(weight, four_over_six=four_over_six)
     values: torch.Tensor = dequantize(stored.packed, stored.block_scale, stored.tensor_scale)
     return values.to(weight.dtype)

@@ -14,7 +14,8 @@ import torch
 from vcompress.spec.errors import InputError
 
 __all__ = [
-    "LARGEST_VALUE", "SMALLEST_SCALE", "check_amax", "check_weight", "input_scale", "weight_scale",
+    "LARGEST_VALUE", "SMALLEST_SCALE", "check_amax", "check_blocks", "check_matrix", "check_weight",
+    "input_scale", "weight_scale",
 ]  # fmt: skip
 
 LARGEST_VALUE = 2.0**126
@@ -53,6 +54,33 @@ def check_weight(weight: torch.Tensor, name: str) -> torch.Tensor:
             "repair the checkpoint"
         )
         raise InputError(message)
+    return weight
+
+
+def check_blocks(size: int, block_size: int, format: str, what: str) -> None:
+    """Raise `InputError` if an axis of `size` values of `what` is not made of whole blocks."""
+    if size == 0 or size % block_size:
+        message = (
+            f"{format} needs a last axis divisible by {block_size} and not empty, {what} has "
+            f"{size}; choose another format for the layer"
+        )
+        raise InputError(message)
+
+
+def check_matrix(weight: torch.Tensor, name: str, *, format: str, block_size: int) -> torch.Tensor:
+    """Return `weight` `[N, K]` as float32 if `format` can hold it in blocks along K.
+
+    Raises:
+        InputError: see `check_weight`; not two axes; K not divisible by `block_size`.
+    """
+    weight = check_weight(weight, name)
+    if weight.ndim != 2:
+        message = (
+            f"{name} must have shape [N, K] for {format}, got {list(weight.shape)}; use int8 or "
+            "fp8 for convolutions"
+        )
+        raise InputError(message)
+    check_blocks(weight.shape[1], block_size, format, name)
     return weight
 
 

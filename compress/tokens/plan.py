@@ -6,14 +6,12 @@ import numpy as np
 import torch
 
 from vcompress.compress.tokens.merging import max_merges
-from vcompress.compress.tokens.surgery import apply_merging, objection
+from vcompress.compress.tokens.surgery import TECHNIQUE, apply_merging, objection
 from vcompress.models.video import VideoModel
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import TokenSection
 
 __all__ = ["constant_schedule", "plan_merging"]
-
-TECHNIQUE = "bipartite_soft_matching"
 
 
 def constant_schedule(

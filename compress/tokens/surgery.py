@@ -20,7 +20,9 @@ from vcompress.models.video import VideoModel
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import TokenSection
 
-__all__ = ["apply_merging", "objection"]
+__all__ = ["TECHNIQUE", "apply_merging", "objection"]
+
+TECHNIQUE = "bipartite_soft_matching"
 
 _ATTENTION_NAME = "vcompress_merging"
 _STATE = "vcompress_merge_state"
@@ -56,6 +58,15 @@ def apply_merging(model: VideoModel, section: TokenSection) -> None:
         message = f"tokens cannot be merged: {reason}; remove the section tokens"
         raise InputError(message)
     assert model.token_grid is not None
+    if section.technique != TECHNIQUE:
+        message = f"tokens.technique must be {TECHNIQUE}, got {section.technique!r}"
+        raise InputError(message)
+    if section.num_tokens != model.token_grid.num_tokens:
+        message = (
+            f"tokens.num_tokens must be {model.token_grid.num_tokens}, as the model has, got "
+            f"{section.num_tokens}"
+        )
+        raise InputError(message)
     _check_counts(model.blocks, section, model.token_grid.special)
     _register_attention()
     model.module.set_attn_implementation(_ATTENTION_NAME)  # type: ignore[operator]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import torch
 
 from vcompress.compress.numerics import nvfp4
 from vcompress.spec.errors import InputError
+from vcompress.spec.formats import FORMATS
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,115 @@ def test_by_hand() -> None:
     values = nvfp4.dequantize(stored.packed, stored.block_scale, stored.tensor_scale)
     assert values[0, :3].tolist() == [6.0 * 448, -3 * 448, 448]
     assert values[0, 16:20].tolist() == [12.0, -4.0, 1.0, 0.0]
+
+
+def four_over_six_of_modelopt(peer: Any, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Elements, block and tensor scale that modelopt's NVFP4_FOUR_OVER_SIX calibrates and exports.
+
+    Its fake quantization is a Triton kernel; here the search quantizes as the export does.
+    """
+    from modelopt.torch.quantization.calib.mse import MseCalibrator
+
+    blocks = weight.float().view(-1, 16)
+    amax = blocks.abs().amax(1, keepdim=True)
+    quantizer = SimpleNamespace(
+        block_sizes={-1: 16, "four_over_six": True}, global_amax=weight.float().abs().max()
+    )
+
+    def export(values: torch.Tensor, block_amax: torch.Tensor) -> tuple[Any, ...]:
+        quantizer._amax = block_amax.clone()
+        scales = peer.get_weights_scaling_factor_from_quantizer(quantizer, values)
+        return peer.quantize(values.clone(), 16, *scales)
+
+    def quantize(values: torch.Tensor, block_amax: torch.Tensor) -> torch.Tensor:
+        stored, scale, tensor_scale = export(values, block_amax)
+        return stored.dequantize(
+            torch.float32, scale=scale, double_scale=tensor_scale, block_sizes={-1: 16}
+        )
+
+    search = MseCalibrator(
+        amax, axis=0, step_size=0.5, start_multiplier=1.0, stop_multiplier=1.5, quant_func=quantize
+    )
+    search.collect(blocks)
+    stored, scale, tensor_scale = export(weight.float(), search.compute_amax())
+    return stored._quantized_data, scale, tensor_scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_over_six_equals_modelopt(peer: Any, dtype: torch.dtype) -> None:
+    # 16 + 4 times 32,768 values.
+    seeds = range(0, 16, 1 if dtype == torch.float32 else 4)
+    num_fours = num_different = 0
+    for seed in seeds:
+        weight = weights(seed, seed - 8).to(dtype)
+        packed, block_scale, tensor_scale = four_over_six_of_modelopt(peer, weight)
+        ours = nvfp4.quantize_weight(weight, four_over_six=True)
+        assert torch.equal(ours.tensor_scale, tensor_scale)
+        zeros = weight.view(64, 32, 16).eq(0).all(-1)
+        assert bool((ours.block_scale.float()[zeros] == 1).all())
+        same = bits(ours.block_scale) == bits(block_scale)
+        assert torch.equal(ours.packed.view(64, 32, 8)[same], packed.view(64, 32, 8)[same])
+        different = ~(same | zeros)
+        num_different += int(different.sum())
+        assert_choices_equally_good(weight, ours, packed, block_scale, different)
+        plain = nvfp4.quantize_weight(weight).block_scale.float() / 448 * 256
+        num_fours += int((ours.block_scale.float() > plain * 1.25).sum())
+    # There are 2,048 blocks in each.
+    assert num_different <= 2 * len(seeds)
+    assert 500 * len(seeds) < num_fours < 1500 * len(seeds)
+
+
+def assert_choices_equally_good(
+    weight: torch.Tensor,
+    ours: nvfp4.Nvfp4Weight,
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    where: torch.Tensor,
+) -> None:
+    """Where modelopt chose the other scale, the two squared errors agree to rounding."""
+    errors = []
+    for elements, scale in ((ours.packed, ours.block_scale), (packed, block_scale)):
+        values = nvfp4.dequantize(elements, scale, ours.tensor_scale)
+        errors.append((values - weight).double().square().view(64, 32, 16).sum(-1)[where])
+    torch.testing.assert_close(*errors, rtol=1e-5, atol=0)
+
+
+def test_four_over_six_by_hand() -> None:
+    # amax 6 * 256 gives tensor scale 1. The second block: 12 and 9 are 6 and 4.5, a miss, with
+    # scale 2, and 4 and 3 with scale 3. In the third 12 and 8 are 6 and 4 with scale 2.
+    weight = torch.zeros(1, 48)
+    weight[0, 0] = 6.0 * 256
+    weight[0, 16:18] = torch.tensor([12.0, 9.0])
+    weight[0, 32:34] = torch.tensor([12.0, -8.0])
+    stored = nvfp4.quantize_weight(weight, four_over_six=True)
+    assert stored.tensor_scale.item() == 1.0
+    # The first block is exact either way, which takes 6.
+    assert stored.block_scale.float().tolist() == [[256.0, 3.0, 2.0]]
+    assert stored.packed[0, 8].item() == 6 | 5 << 4
+    assert torch.equal(nvfp4.fake_quantize_weight(weight, four_over_six=True), weight)
+
+
+def test_four_over_six_lowers_the_error_of_normal_weights() -> None:
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    plain = (nvfp4.fake_quantize_weight(weight) - weight).norm() / weight.norm()
+    adaptive = nvfp4.fake_quantize_weight(weight, four_over_six=True)
+    assert (adaptive - weight).norm() / weight.norm() < 0.95 * plain
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e-28, 2.0**-100, 1e-20, 1e20, 2.0**126])
+def test_four_over_six_of_extreme_weights(value: float) -> None:
+    weight = torch.full((2, 32), value)
+    weight[:, 16:] = 0
+    rounded = nvfp4.fake_quantize_weight(weight, four_over_six=True)
+    torch.testing.assert_close(rounded, weight, rtol=1e-6, atol=0 if value > 1e-27 else value)
+    assert nvfp4.quantize_weight(weight, four_over_six=True).block_scale[0, 1].float().item() == 1.0
+
+
+def test_bits_are_those_that_are_stored() -> None:
+    stored = nvfp4.quantize_weight(torch.randn(6, 96))
+    tensors = (stored.packed, stored.block_scale, stored.tensor_scale)
+    assert nvfp4.weight_bits((6, 96)) == 8 * sum(tensor.nbytes for tensor in tensors)
+    assert nvfp4.weight_bits((6, 96)) == FORMATS["nvfp4"].weight_bits((6, 96))
 
 
 def test_input_rounds_like_a_weight_of_the_same_scale() -> None:
