@@ -105,13 +105,31 @@ def _from_dictionary(data: Mapping[Any, Any], path: Path) -> Checkpoint:
     if not isinstance(data["state_dict"], Mapping):
         message = f"{path}: state_dict must be a dictionary of tensors"
         raise InputError(message)
+    return _described(
+        _tensors_only(data["state_dict"], path), path, family=str(data.get("family", "")),
+        config=data.get("config", {}), labels=data.get("labels", ()), clip=data.get("clip"),
+    )  # fmt: skip
+
+
+def _described(
+    tensors: dict[str, torch.Tensor],
+    path: Path,
+    *,
+    family: str,
+    config: Any,
+    labels: Any,
+    clip: Any,
+) -> Checkpoint:
+    if not isinstance(config, Mapping) or not isinstance(clip, Mapping | None):
+        message = f"{path}: config and clip must be dictionaries, got {config!r} and {clip!r}"
+        raise InputError(message)
+    if not isinstance(labels, list | tuple):
+        message = f"{path}: labels must be a list of class names, got {labels!r}"
+        raise InputError(message)
     return Checkpoint(
-        family=str(data.get("family", "")),
-        config=dict(data.get("config", {})),
-        state_dict=_tensors_only(data["state_dict"], path),
-        labels=tuple(str(label) for label in data.get("labels", ())),
-        clip=data.get("clip"),
-    )
+        family=family, config=dict(config), state_dict=tensors,
+        labels=tuple(str(label) for label in labels), clip=clip,
+    )  # fmt: skip
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -145,13 +163,10 @@ def _from_metadata(
     def field_of(name: str, default: Any) -> Any:
         return strict_json.parse(metadata[name], f"{path}: {name}") if name in metadata else default
 
-    return Checkpoint(
-        family=metadata.get("family", ""),
-        config=field_of("config", {}),
-        state_dict=tensors,
-        labels=tuple(field_of("labels", ())),
-        clip=field_of("clip", None),
-    )
+    return _described(
+        tensors, path, family=metadata.get("family", ""), config=field_of("config", {}),
+        labels=field_of("labels", ()), clip=field_of("clip", None),
+    )  # fmt: skip
 
 
 def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:

@@ -87,7 +87,10 @@ def clip_from_processor(path: Path, clip: ClipSpec) -> ClipSpec:
                 float(data.get("rescale_factor", 1 / 255)) if data.get("do_rescale", True) else 1.0
             )
             clip = replace(clip, rescale=rescale)
+            # ViViT's processor takes 1 away after rescaling, before the mean.
+            offset = 1.0 if data.get("offset") and data.get("do_rescale", True) else 0.0
             if data.get("do_normalize", True) and data.get("image_mean") and data.get("image_std"):
-                clip = replace(clip, mean=tuple(data["image_mean"]), std=tuple(data["image_std"]))
-            return clip
+                mean = tuple(value + offset for value in data["image_mean"])
+                return replace(clip, mean=mean, std=tuple(data["image_std"]))
+            return replace(clip, mean=(offset,))
     return clip

@@ -102,7 +102,10 @@ def _from_checkpoint(
     if options.arch is not None:
         module = _call(options.arch)
         checkpoints.load_state(module, loaded.state_dict, str(path))
-        return wrap_module(module, name=path.stem, options=options, source=str(path))
+        return wrap_module(
+            module, name=path.stem, options=options, source=str(path), labels=loaded.labels,
+            clip=None if loaded.clip is None else ClipSpec.from_dict(dict(loaded.clip)),
+        )  # fmt: skip
     if not loaded.family:
         message = (
             f"{path} is a bare state dict: tensors without an architecture; add "
@@ -146,7 +149,9 @@ def _finish(
         clip = replace(clip, stride=options.clip_stride)
     if options.fps is not None:
         clip = replace(clip, fps=options.fps)
-    module = module.eval().requires_grad_(False)
+    # A checkpoint of half precision is the same model: float32 is what clips, scales and the
+    # baseline are in.
+    module = structure.without_fused_encoders(module.float().eval().requires_grad_(False))
     checkpoints.check_finite(module, source or name)
     model = VideoModel(
         name=name, module=module, family=family, task=described.task, clip=clip, layers={},
@@ -163,20 +168,27 @@ def _finish(
 
 def wrap_module(
     module: nn.Module, *, name: str, options: LoadOptions, source: str = "",
-    family: str = "generic", task: Task | None = None,
+    family: str = "generic", task: Task | None = None, labels: tuple[str, ...] = (),
+    clip: ClipSpec | None = None,
 ) -> VideoModel:  # fmt: skip
-    """A `VideoModel` around any module; its structure is found by running it."""
-    if options.input_spec is None:
+    """A `VideoModel` around any module; its structure is found by running it.
+
+    Args:
+        labels, clip: what the checkpoint says; `options.input_spec` goes before `clip`.
+    """
+    if options.input_spec is not None:
+        clip = parse_input_spec(options.input_spec)
+    if clip is None:
         message = (
             f"{name}: no adapter knows this model, so its input must be said: "
             "--input-spec LAYOUT:TYPE:SIZES, for instance NCTHW:float32:1x3x16x112x112"
         )
         raise InputError(message)
     described = Description(
-        task=options.task or task or "generic",
-        clip=parse_input_spec(options.input_spec),
+        task=options.task or task or ("classify" if labels else "generic"),
+        clip=clip,
         token_grid=None,
-        labels=(),
+        labels=labels,
     )
     return _finish(module, name, family, described, {}, source, options)
 
@@ -190,7 +202,7 @@ def parse_input_spec(text: str) -> ClipSpec:
         sorted(layout) != sorted("NTCHW")
         or dtype not in ("float32", "uint8")
         or len(numbers) != 5
-        or not all(number.isdigit() for number in numbers)
+        or not all(number.isdecimal() for number in numbers)
     ):
         message = (
             f"--input-spec must be LAYOUT:TYPE:SIZES with layout NTCHW, NCTHW or NTHWC, type "
@@ -210,10 +222,11 @@ def _call(reference: str) -> nn.Module:
     module_name, _, attribute = reference.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:
+        # Importing runs the user's file, which may fail in any way.
         message = (
-            f"--arch {reference}: {error}; it must be module:callable, importable from here "
-            "(set PYTHONPATH if it is a file of yours)"
+            f"{reference}: {type(error).__name__}: {error}; it must be module:callable, importable "
+            "from here (set PYTHONPATH if it is a file of yours)"
         )
         raise InputError(message) from error
     try:

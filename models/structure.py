@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from vcompress.models.video import primary_output
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import LayerFacts
 
-__all__ = ["find_blocks", "find_layers", "layer_kind", "run_once"]
+__all__ = ["find_blocks", "find_layers", "layer_kind", "run_once", "without_fused_encoders"]
 
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Linear, "linear"),
@@ -32,6 +33,21 @@ def layer_kind(module: nn.Module) -> str | None:
     return None
 
 
+def without_fused_encoders(module: nn.Module) -> nn.Module:
+    """`module` whose `nn.TransformerEncoder`s call their layers one by one.
+
+    In evaluation mode they hand all weights to one fused kernel, which passes by the layers that
+    were put in their place.
+    """
+    for submodule in module.modules():
+        if isinstance(submodule, nn.TransformerEncoder):
+            submodule.use_nested_tensor = False
+        elif isinstance(submodule, nn.TransformerEncoderLayer):
+            # The switch that the class itself uses for an activation that its kernel lacks.
+            submodule.activation_relu_or_gelu = 0
+    return module
+
+
 def run_once(module: nn.Module, example: torch.Tensor) -> set[str]:
     """Run `module` on `example` and return the names of the submodules that were called."""
     called: set[str] = set()
@@ -41,7 +57,7 @@ def run_once(module: nn.Module, example: torch.Tensor) -> set[str]:
     ]
     try:
         with torch.inference_mode():
-            module(example)
+            output = module(example)
     except Exception as error:
         message = (
             f"the model does not run on an input of shape {tuple(example.shape)} "
@@ -52,6 +68,7 @@ def run_once(module: nn.Module, example: torch.Tensor) -> set[str]:
     finally:
         for handle in handles:
             handle.remove()
+    primary_output(output)
     return called
 
 
@@ -63,7 +80,11 @@ def find_layers(module: nn.Module, called: set[str]) -> dict[str, LayerFacts]:
         if kind is not None and name in called:
             weight = submodule.weight
             assert isinstance(weight, torch.Tensor)
-            layers[name] = LayerFacts(kind=kind, weight_shape=tuple(weight.shape))
+            layers[name] = LayerFacts(
+                kind=kind,
+                weight_shape=tuple(weight.shape),
+                padding_mode=str(getattr(submodule, "padding_mode", "zeros")),
+            )
     return layers
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vcompress.spec.clip import ClipSpec
+from vcompress.spec.errors import InputError
 from vcompress.spec.plan import LayerFacts
 
 __all__ = [
@@ -55,7 +56,13 @@ def primary_output(output: Any) -> torch.Tensor:
         value = getattr(output, name, None)
         if isinstance(value, torch.Tensor):
             return value
-    values = list(output.values()) if isinstance(output, Mapping) else list(output)
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    if not isinstance(values, list | tuple) or not values:
+        message = (
+            f"the model must return a tensor, or a sequence or mapping that begins with one, got "
+            f"{type(output).__name__}; wrap it in a module that does"
+        )
+        raise InputError(message)
     return primary_output(values[0])
 
 

@@ -59,6 +59,9 @@ class Artifact:
         strict_json.check_keys(
             data, required=_REQUIRED, optional=_OPTIONAL, where=str(path / MANIFEST)
         )
+        if not isinstance(data["files"], list):
+            message = f"{path / MANIFEST}: files must be a list, got {type(data['files']).__name__}"
+            raise InputError(message)
         artifact = cls(path, data)
         for entry in data["files"]:
             artifact._check_file(entry, verify_hashes=verify_hashes)
@@ -76,6 +79,9 @@ class Artifact:
         strict_json.check_keys(
             entry, required=("path", "role", "bytes", "sha256"), optional=("about",), where=where
         )
+        if not isinstance(entry["path"], str):
+            message = f"{where}: path must be a string, got {entry['path']!r}"
+            raise InputError(message)
         relative = PurePosixPath(entry["path"])
         if relative.is_absolute() or ".." in relative.parts or "\0" in entry["path"]:
             message = f"{where}: {entry['path']!r} leaves the artifact"

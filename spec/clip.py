@@ -6,6 +6,7 @@ manifest of an artifact.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +15,13 @@ from vcompress.spec.errors import InputError
 __all__ = ["ClipSpec", "Layout"]
 
 Layout = Literal["NTCHW", "NCTHW", "NTHWC"]
-_LAYOUTS = ("NTCHW", "NCTHW", "NTHWC")
+_WORDS = {
+    "layout": ("NTCHW", "NCTHW", "NTHWC"),
+    "resize": ("cover", "exact"),
+    "sampling": ("center",),
+    "short_video": ("repeat_last",),
+    "dtype": ("float32", "uint8"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +57,22 @@ class ClipSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "height", "width", "stride"):
-            if getattr(self, name) < 1:
-                message = f"clip.{name} must be at least 1, got {getattr(self, name)}"
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                message = f"clip.{name} must be an integer of at least 1, got {value!r}"
                 raise InputError(message)
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            message = f"clip.fps must be above 0, got {self.fps}; leave it out for the video's own"
+            raise InputError(message)
         if self.channels not in (1, 3):
             message = f"clip.channels must be 1 (gray) or 3 (RGB), got {self.channels}"
             raise InputError(message)
-        if self.layout not in _LAYOUTS:
-            message = f"clip.layout must be one of {', '.join(_LAYOUTS)}, got {self.layout!r}"
-            raise InputError(message)
+        for name, known in _WORDS.items():
+            if getattr(self, name) not in known:
+                message = (
+                    f"clip.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+                raise InputError(message)
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, self.channels):
                 message = (
@@ -66,7 +80,7 @@ class ClipSpec:
                     f"got {len(getattr(self, name))}"
                 )
                 raise InputError(message)
-        if any(value <= 0 for value in self.std):
+        if not all(0 < value < math.inf for value in self.std):
             message = f"clip.std must be positive, got {self.std}"
             raise InputError(message)
 
@@ -100,5 +114,11 @@ class ClipSpec:
         if unknown:
             message = f"unknown keys in clip: {', '.join(sorted(unknown))}"
             raise InputError(message)
-        fields["mean"], fields["std"] = tuple(fields["mean"]), tuple(fields["std"])
-        return cls(**fields)
+        try:
+            for name in ("mean", "std"):
+                if name in fields:
+                    fields[name] = tuple(fields[name])
+            return cls(**fields)
+        except TypeError as error:
+            message = f"clip has a wrong or missing value: {error}"
+            raise InputError(message) from error

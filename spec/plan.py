@@ -23,14 +23,31 @@ __all__ = [
 ]  # fmt: skip
 
 SCHEMA = 1
+_MAX_FLOAT32 = 3.4028234e38
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFacts:
-    """What the plan needs to know of a layer: `kind`, and `weight_shape`, output channels first."""
+    """What the plan needs to know of a layer.
+
+    Attributes:
+        kind: a `spec.formats.LayerKind`.
+        weight_shape: output channels first.
+        padding_mode: of a convolution; only "zeros" stays what it is when the input is quantized
+            and exported.
+    """
 
     kind: str
     weight_shape: tuple[int, ...]
+    padding_mode: str = "zeros"
+
+    def objection(self, format_name: str) -> str | None:
+        """Why the layer cannot take the format `format_name`, or None if it can."""
+        if format_name == FLOAT:
+            return None
+        if self.padding_mode != "zeros":
+            return f"{format_name} needs padding with zeros, the layer pads by {self.padding_mode}"
+        return FORMATS[format_name].objection(self.kind, self.weight_shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +90,17 @@ class LayerChoice:
                 f"{strict_json.nearest(str(data['format']), known)}"
             )
             raise InputError(message)
+        if not isinstance(data["reason"], str):
+            message = f"{where}: reason must be a string, got {data['reason']!r}"
+            raise InputError(message)
         for key in ("input_amax", "score"):
             value = data.get(key)
             if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float) or value < 0
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 <= value <= _MAX_FLOAT32
             ):
-                message = f"{where}: {key} must be a number >= 0, got {value!r}"
+                message = f"{where}: {key} must be a number >= 0, got {value!r}; it is a float32"
                 raise InputError(message)
         return cls(**data)
 
@@ -115,6 +137,9 @@ class TokenSection:
             data,
             required=("technique", "proportional", "num_tokens", "merge"),
             where="tokens",
+        )
+        _check_types(
+            data, {"technique": str, "proportional": bool, "num_tokens": int}, where="tokens"
         )
         if not isinstance(data["merge"], dict):
             message = "tokens.merge must be an object of block name -> number of tokens"
@@ -189,10 +214,14 @@ class CompressionPlan:
                       "tensors"),
             where="plan",
         )  # fmt: skip
-        if not isinstance(data["quantize"], dict):
-            message = "quantize must be an object of layer name -> choice"
-            raise InputError(message)
-        tokens = data["tokens"]
+        _check_types(
+            data, {"target": str, "seed": int, "model": dict, "evidence": dict, "quantize": dict},
+            where="plan",
+        )  # fmt: skip
+        tokens, tensors = data["tokens"], data["tensors"]
+        if tensors is not None:
+            check_keys(tensors, required=("file", "sha256"), where="tensors")
+            _check_types(tensors, {"file": str, "sha256": str}, where="tensors")
         return cls(
             target=data["target"],
             seed=data["seed"],
@@ -203,13 +232,25 @@ class CompressionPlan:
                 for name, choice in data["quantize"].items()
             },
             tokens=None if tokens is None else TokenSection.from_dict(tokens),
-            tensors=data["tensors"],
+            tensors=tensors,
         )
 
     @classmethod
     def load(cls, path: Path) -> CompressionPlan:
         """Read the plan file `path`."""
         return cls.from_dict(strict_json.read(path))
+
+
+_TYPE_NAMES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object"}
+
+
+def _check_types(data: Mapping[str, Any], types: Mapping[str, type], where: str) -> None:
+    for key, expected in types.items():
+        value = data[key]
+        # JSON's true is an integer for Python.
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is int):
+            message = f"{where}: {key} must be {_TYPE_NAMES[expected]}, got {value!r}"
+            raise InputError(message)
 
 
 def check_plan(
@@ -230,8 +271,7 @@ def check_plan(
         if name not in layers:
             problems.append(f"quantize.{name}: no such layer{strict_json.nearest(name, layers)}")
         elif choice.format != FLOAT:
-            facts = layers[name]
-            objection = FORMATS[choice.format].objection(facts.kind, facts.weight_shape)
+            objection = layers[name].objection(choice.format)
             if objection:
                 problems.append(f"quantize.{name}: {objection}; choose another format or keep")
             elif choice.input_amax is None:

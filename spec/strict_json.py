@@ -27,12 +27,19 @@ def parse(text: str, where: str) -> Any:
             raise InputError(message)
         return dict(items)
 
+    def finite(digits: str) -> float:
+        # 1e999 is valid JSON, and Python reads it as infinity.
+        number = float(digits)
+        return number if math.isfinite(number) else constant(digits)
+
     def constant(name: str) -> float:
         message = f"{where}: {name} is not allowed; write a finite number or null"
         raise InputError(message)
 
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(
+            text, object_pairs_hook=pairs, parse_constant=constant, parse_float=finite
+        )
     except InputError:
         raise
     except (ValueError, RecursionError) as error:

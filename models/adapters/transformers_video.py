@@ -37,7 +37,8 @@ def _build_with(config_class: str, model_class: str, config: Mapping[str, Any]) 
     try:
         parsed = getattr(library, config_class)(**config)
         module: nn.Module = getattr(library, model_class)(parsed)
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:
+        # The library checks some values itself and stumbles over others, each in its own way.
         message = f"the configuration does not make a {model_class}: {error}"
         raise InputError(message) from error
     return module.eval()
