@@ -59,8 +59,8 @@ def _load_options(values: dict[str, Any]) -> LoadOptions:
 def quantize(model: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Plan, apply, export, build and prove: the whole job for MODEL.
 
-    MODEL is a .pt or .safetensors file, a directory saved by transformers or diffusers,
-    MODULE:CALLABLE, or reference:penvideo20 and reference:moving-fashion.
+    MODEL is a .pt or .safetensors file, a directory saved by transformers, MODULE:CALLABLE, or
+    reference:penvideo20.
     """
     from vcompress import pipeline
     from vcompress.terminal import Console
@@ -79,6 +79,7 @@ def quantize(model: str, as_json: bool, quiet: bool, **values: Any) -> None:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=Path("plan.json"), show_default=True
 )
+@click.option("--force", is_flag=True, help="Replace a plan that is already there.")
 @model_options
 @common
 def plan(model: str, output: Path, as_json: bool, quiet: bool, **values: Any) -> None:
@@ -223,10 +224,12 @@ def _run() -> tuple[int, str | None]:
     except click.exceptions.Exit as error:
         return error.exit_code, None
     except click.ClickException as error:
+        if "--json" in sys.argv:
+            return error.exit_code, error.format_message()
         error.show()
         return error.exit_code, None
     except (click.exceptions.Abort, KeyboardInterrupt):
-        return 130, "interrupted; nothing was written"
+        return 130, "interrupted"
     except Exception as error:
         if os.environ.get("VCOMPRESS_DEBUG"):
             raise

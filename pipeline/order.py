@@ -14,9 +14,9 @@ from vcompress.export.publish import check_output
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.planning import apply_plan, make_plan, read_plan, save_plan
-from vcompress.pipeline.run import Options, Outcome, Progress, Silent
+from vcompress.pipeline.run import Options, Outcome, Progress, Recorded, Silent
 from vcompress.spec.errors import InputError, MissingCapabilityError
-from vcompress.spec.plan import CompressionPlan
+from vcompress.spec.plan import CompressionPlan, check_plan
 from vcompress.spec.target import find_target
 
 __all__ = ["apply", "quantize", "write_plan"]
@@ -35,22 +35,34 @@ def quantize(
         MissingCapabilityError: a package is missing here.
         BuildError: the result does not hold what was planned.
     """
-    progress = progress or Silent()
-    model, clips, output = _prepare(source, options, load, progress)
-    plan, smoothing = make_plan(model, clips.calibration, options, progress)
-    return _produce(model, plan, smoothing, clips, options, output, progress)
+    recorded = Recorded(progress or Silent())
+    model, output = _prepare(source, options, load, recorded)
+    clips = _open_clips(model, options, recorded)
+    plan, smoothing = make_plan(model, clips.calibration, options, recorded)
+    return _produce(model, plan, smoothing, clips, options, output, recorded)
 
 
 def write_plan(
     source: str | VideoModel, path: Path, *, options: Options, load: LoadOptions | None = None,
     progress: Progress | None = None,
 ) -> CompressionPlan:  # fmt: skip
-    """Decide only, and write the plan (and its tensors, if any) to `path`."""
-    progress = progress or Silent()
-    with progress.stage("load"):
-        model = source if isinstance(source, VideoModel) else load_model(source, load)
-    clips = _open_clips(model, options, progress)
-    plan, smoothing = make_plan(model, clips.calibration, options, progress)
+    """Decide only, and write the plan (and its tensors, if any) to `path`.
+
+    Raises:
+        InputError: also where `path` cannot be written, or is there and `options.force` is not set.
+    """
+    recorded = Recorded(progress or Silent())
+    find_target(options.target)
+    _require_calib(options)
+    if not path.parent.is_dir() or path.is_dir():
+        message = f"{path}: no such folder to write a plan to; choose another output"
+        raise InputError(message)
+    if path.exists() and not options.force:
+        message = f"{path} is there and may have been edited; add --force to replace it"
+        raise InputError(message)
+    model = _load(source, load, recorded)
+    clips = _open_clips(model, options, recorded)
+    plan, smoothing = make_plan(model, clips.calibration, options, recorded)
     return save_plan(plan, smoothing, path)
 
 
@@ -58,19 +70,39 @@ def apply(
     source: str | VideoModel, plan_path: Path, *, options: Options,
     load: LoadOptions | None = None, progress: Progress | None = None,
 ) -> Outcome:  # fmt: skip
-    """Execute exactly the plan at `plan_path`, then export, build and prove."""
-    progress = progress or Silent()
+    """Execute exactly the plan at `plan_path`, then export, build and prove.
+
+    The clips are drawn as the plan says, so that the test clips are not those that it was
+    calibrated on.
+    """
+    recorded = Recorded(progress or Silent())
     plan, smoothing = read_plan(plan_path)
-    options = replace(options, target=plan.target)
-    if options.calib is None:
-        options = replace(options, calib=str(plan.evidence.get("calib", "")) or None)
-    model, clips, output = _prepare(source, options, load, progress)
-    return _produce(model, plan, smoothing, clips, options, output, progress)
+    evidence = plan.evidence
+    options = replace(
+        options,
+        target=plan.target,
+        seed=plan.seed,
+        num_clips=int(evidence.get("num_clips_asked", options.num_clips)),
+        calib=options.calib or str(evidence.get("calib") or "") or None,
+    )
+    model, output = _prepare(source, options, load, recorded)
+    check_plan(plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256)
+    clips = _open_clips(model, options, recorded)
+    if clips.calibration.digest != evidence.get("calib_sha256"):
+        message = (
+            f"{options.calib}: these are not the clips that the plan was calibrated on, so the "
+            "held-out test clips may be among those"
+        )
+        if options.data is None:
+            message += "; restore them, or name test clips with --data"
+            raise InputError(message)
+        recorded.warn(message)
+    return _produce(model, plan, smoothing, clips, options, output, recorded)
 
 
 def _produce(
     model: VideoModel, plan: CompressionPlan, smoothing: Mapping[str, torch.Tensor],
-    clips: ClipSets, options: Options, output: Path, progress: Progress,
+    clips: ClipSets, options: Options, output: Path, progress: Recorded,
 ) -> Outcome:  # fmt: skip
     from vcompress.pipeline.production import produce
 
@@ -97,18 +129,39 @@ def _require_export() -> None:
 
 def _prepare(
     source: str | VideoModel, options: Options, load: LoadOptions | None, progress: Progress
-) -> tuple[VideoModel, ClipSets, Path]:
+) -> tuple[VideoModel, Path]:
     """Everything that can be wrong with the input is found here, before minutes of work."""
     find_target(options.target)
     _require_export()
     _require_calib(options)
     if options.output is not None:
         check_output(options.output, force=options.force)
-    with progress.stage("load"):
-        model = source if isinstance(source, VideoModel) else load_model(source, load)
+    model = _load(source, load, progress)
+    if options.max_drop is not None and model.task != "classify":
+        message = (
+            f"--max-drop is a bar for top-1, but the task of {model.name} is {model.task}; use "
+            "--min-sqnr, or --task classify if its output are class scores"
+        )
+        raise InputError(message)
     output = options.output or Path(f"{model.name}-{options.target}")
     check_output(output, force=options.force)
-    return model, _open_clips(model, options, progress), output
+    return model, output
+
+
+def _load(source: str | VideoModel, load: LoadOptions | None, progress: Progress) -> VideoModel:
+    with progress.stage("load"):
+        model = source if isinstance(source, VideoModel) else load_model(source, load)
+    left = [
+        name
+        for name, parameter in model.module.named_parameters()
+        if parameter.ndim > 1 and name.rpartition(".")[0] not in model.layers
+    ]
+    if left:
+        shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        progress.warn(
+            f"{shown}: no linear or convolution that runs as a module of its own; kept as it is"
+        )
+    return model
 
 
 def _require_calib(options: Options) -> str:

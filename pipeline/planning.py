@@ -96,6 +96,7 @@ def _empty_plan(model: VideoModel, calibration: Clips, options: Options) -> Comp
             "calib": options.calib,
             "calib_sha256": calibration.digest,
             "num_clips": len(calibration),
+            "num_clips_asked": options.num_clips,
             "algorithm": options.algorithm,
             "max_layer_error": options.max_layer_error,
             "vcompress": vcompress.__version__,

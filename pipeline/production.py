@@ -23,7 +23,7 @@ from vcompress.models.video import PrimaryOutput, VideoModel
 from vcompress.pipeline import proof as proving
 from vcompress.pipeline.planning import save_plan
 from vcompress.pipeline.record import Run, file_role, manifest_of, report_of
-from vcompress.pipeline.run import Options, Outcome, Progress
+from vcompress.pipeline.run import Options, Outcome, Progress, Recorded
 from vcompress.spec.defaults import MAX_DROP_POINTS
 from vcompress.spec.errors import BuildError, MissingCapabilityError
 from vcompress.spec.formats import FLOAT
@@ -51,7 +51,7 @@ class Graphs:
 def produce(
     model: VideoModel, planned: VideoModel, plan: CompressionPlan,
     smoothing: Mapping[str, torch.Tensor], clips: ClipSets, *,
-    options: Options, output: Path, progress: Progress,
+    options: Options, output: Path, progress: Recorded,
 ) -> Outcome:  # fmt: skip
     """Make, prove and publish the artifact.
 
@@ -69,14 +69,13 @@ def produce(
         built = _build_engines(graphs, plan, options, folder, progress)
         with progress.stage("prove", 3 * len(clips.test)) as advance:
             proof = proving.prove(_forms(model, planned, plan, graphs), plan, clips.test, advance)
-        verdict = gate.judge(
-            proof.metrics, max_drop_points=_bar(options, clips, model), min_sqnr_db=options.min_sqnr
-        )
+        bar = _bar(options, clips, model)
+        verdict = gate.judge(proof.metrics, max_drop_points=bar, min_sqnr_db=options.min_sqnr)
         graphs.baseline.unlink()
         _write_data(folder, model, clips, proof)
         run = Run(
             model=model, planned=planned, plan=plan, clips=clips, options=options, proof=proof,
-            verdict=verdict, engines=built,
+            max_drop_points=bar, verdict=verdict, engines=built, warnings=progress.warnings,
         )  # fmt: skip
         made = report_of(run, folder)
         (folder / "report.json").write_text(report.to_json(made), encoding="utf-8")

@@ -84,7 +84,6 @@ class Proof:
         stages: for the report.
         metrics: of the result against the baseline.
         baseline_outputs, result_outputs: on all test clips.
-        result_latency: of the result, or None for a simulated format.
     """
 
     stages: tuple[Stage, ...]

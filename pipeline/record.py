@@ -49,8 +49,10 @@ class Run:
     clips: ClipSets
     options: Options
     proof: proving.Proof
+    max_drop_points: float | None
     verdict: Verdict
     engines: list[Engine]
+    warnings: list[str]
 
 
 def file_role(name: str) -> str:
@@ -147,7 +149,7 @@ def report_of(run: Run, folder: Path) -> Report:
         },
         device=latency.describe_device(torch.get_num_threads()),
         versions=_versions(),
-        warnings=[],
+        warnings=run.warnings,
     )  # fmt: skip
 
 
@@ -186,8 +188,8 @@ def manifest_of(
             "baseline": proof.metrics.get("baseline_top1_percent") if classify else None,
             "result": proof.metrics.get("top1_percent" if classify else "sqnr_db"),
             "verdict": made["verdict"]["outcome"],
-            "max_drop_points": made["verdict"]["max_drop_points"],
-            "min_sqnr_db": made["verdict"]["min_sqnr_db"],
+            "max_drop_points": run.max_drop_points,
+            "min_sqnr_db": options.min_sqnr,
             "num_clips": len(clips.test),
             "clips": {
                 "calib": options.calib, "data": options.data, "num_clips": options.num_clips,
@@ -198,7 +200,7 @@ def manifest_of(
         performance=performance,
         requires={
             "onnx": "any ONNX Runtime with opset "
-            f"{portable.opset}; checks numbers, runs everywhere",
+            f"{portable.opset}",
             "tensorrt-onnx": f"TensorRT or TensorRT-RTX, opset {tensorrt.opset}",
         },
         notes=[

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Protocol
 
 from vcompress.spec.defaults import MAX_LAYER_ERROR, NUM_CLIPS, NUM_TEST_CLIPS
+from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan
 from vcompress.validate.gate import Verdict
 from vcompress.validate.report_types import Report
 
-__all__ = ["Advance", "Options", "Outcome", "Progress", "Silent"]
+__all__ = ["Advance", "Options", "Outcome", "Progress", "Recorded", "Silent"]
 
 Advance = Callable[[int], None]
 
@@ -41,6 +42,23 @@ class Silent:
         """Nothing."""
 
 
+class Recorded:
+    """Passes everything on to another `Progress`, and keeps the warnings for the report."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.warnings: list[str] = []
+
+    def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """See `Progress`."""
+        return self._progress.stage(name, total)
+
+    def warn(self, text: str) -> None:
+        """See `Progress`."""
+        self.warnings.append(text)
+        self._progress.warn(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What a run is asked for; the same words as the command line's flags."""
@@ -60,6 +78,24 @@ class Options:
     seed: int = 0
     force: bool = False
     command: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.output is not None:
+            object.__setattr__(self, "output", Path(self.output))
+        for name, low, high in (
+            ("num_clips", 1, 10**6), ("num_test_clips", 1, 10**6), ("max_layer_error", 0, 10),
+            ("max_drop", 0, 100), ("min_sqnr", -200, 400), ("seed", 0, 2**31 - 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                flag = name.replace("_", "-")
+                message = f"--{flag} must lie between {low} and {high}, got {value}"
+                raise InputError(message)
+        if self.tokens is not None and not 0 < self.tokens <= 1:
+            message = (
+                f"--tokens must be above 0 and at most 1 (1 merges nothing), got {self.tokens}"
+            )
+            raise InputError(message)
 
 
 @dataclass(frozen=True, kw_only=True)

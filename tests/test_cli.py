@@ -178,6 +178,52 @@ def test_validate_notices_a_swapped_file(
     assert "model.onnx is not the file that the manifest describes" in message
 
 
+def test_other_test_clips_are_not_judged_against_a_baseline_that_never_saw_them(
+    monkeypatch: pytest.MonkeyPatch, artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ["validate", artifact, "--data", "reference:penvideo20", "--json", "--quiet"]
+    code, message = run(monkeypatch, *other)
+    assert code == 0, message
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["metrics"]) == {"num_clips", "top1_percent"}
+    assert result["verdict"]["outcome"] == "not judged"
+    code, message = run(monkeypatch, *other, "--max-drop", 1)
+    assert code == 2
+    assert "--max-drop needs the baseline's outputs" in message
+
+
+def test_a_plan_is_not_overwritten_and_options_are_checked_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = "reference:penvideo20"
+    path = tmp_path / "plan.json"
+    command = ["plan", source, "--target", "int8", "--calib", source, "--num-clips", 8]
+    assert run(monkeypatch, *command, "-o", path, "--quiet")[0] == 0
+    edited = path.read_text().replace('"seed": 0', '"seed": 1')
+    path.write_text(edited)
+    for arguments, expected in (
+        ([*command, "-o", path], "may have been edited; add --force"),
+        ([*command, "-o", tmp_path / "absent/plan.json"], "no such folder"),
+        ([*command, "-o", path, "--max-layer-error", "nan"], "--max-layer-error must lie between"),
+        (["apply", path, source, "-o", tmp_path / "out"], "not the clips that the plan"),
+        (["apply", path, source, "--max-drop", "500"], "--max-drop must lie between 0 and 100"),
+    ):
+        code, message = run(monkeypatch, *arguments)
+        assert code == 2, message
+        assert expected in message
+    assert path.read_text() == edited
+
+
+def test_a_usage_error_is_json_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vcompress", "quantize", "m.pt", "--json"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "--target" in json.loads(capsys.readouterr().out)["error"]
+
+
 def test_inspect_shows_every_layer_and_its_reason(
     monkeypatch: pytest.MonkeyPatch, artifact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
