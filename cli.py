@@ -46,7 +46,7 @@ def cli() -> None:
 def _load_options(values: dict[str, Any]) -> LoadOptions:
     from vcompress.models.load import LoadOptions
 
-    names = ("arch", "input_spec", "trust_pickle", "clip_stride", "fps", "task")
+    names = ("arch", "input_spec", "trust_pickle", "clip_stride", "fps", "mean", "std", "task")
     return LoadOptions(**{name: values.pop(name) for name in names})
 
 

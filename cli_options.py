@@ -16,6 +16,24 @@ __all__ = ["common", "model_options", "plan_options", "proof_options"]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+class _Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers separated by commas."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """`value` as a tuple."""
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 0.5,0.5,0.5", param, ctx)
+
+
+NUMBERS = _Numbers()
+
+
 def _with_options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
     """One decorator out of several, which `--help` lists in this order."""
 
@@ -48,6 +66,10 @@ model_options = _with_options(
     ),
     click.option("--clip-stride", type=click.IntRange(1), help="Take every n-th frame of a video."),
     click.option("--fps", type=float, help="Resample videos to this frame rate first."),
+    click.option(
+        "--mean", type=NUMBERS, help="Normalisation, one value or one a channel: 0.485,0.456,0.406."
+    ),
+    click.option("--std", type=NUMBERS, help="The same for the divisor: 0.229,0.224,0.225."),
     click.option(
         "--task",
         type=click.Choice(["classify", "embed", "restore", "generic"]),

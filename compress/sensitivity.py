@@ -11,6 +11,7 @@ without its predictor: every score here is a measurement.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,9 @@ def recorded_inputs(model: VideoModel, names: set[str], clips: torch.Tensor) -> 
         def record(
             _module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
         ) -> None:
-            calls.setdefault(name, Call(arguments, keywords))
+            if name not in calls:
+                # A block may work in place on what it was given.
+                calls[name] = copy.deepcopy(Call(arguments, keywords))
 
         return record
 

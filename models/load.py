@@ -45,6 +45,7 @@ class LoadOptions:
         input_spec: the model's input, such as `NCTHW:float32:1x3x16x112x112`.
         trust_pickle: unpickle whole modules. Runs code from the file.
         clip_stride, fps: how frames are taken from a video, where the model's file does not say.
+        mean, std: of the normalisation after scaling to 0..1, one value or one a channel.
         task: what the output of a model means that no adapter knows.
     """
 
@@ -53,6 +54,8 @@ class LoadOptions:
     trust_pickle: bool = False
     clip_stride: int | None = None
     fps: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     task: Task | None = None
 
 
@@ -62,6 +65,9 @@ def load_model(source: str, options: LoadOptions | None = None) -> VideoModel:
     if source.startswith("reference:"):
         from vcompress.models.reference.catalog import load_reference
 
+        if options != LoadOptions():
+            message = f"{source} says itself how it is built and fed; leave the model flags out"
+            raise InputError(message)
         return load_reference(source.removeprefix("reference:"))
     path = Path(source)
     if path.is_dir():
@@ -149,6 +155,10 @@ def _finish(
         clip = replace(clip, stride=options.clip_stride)
     if options.fps is not None:
         clip = replace(clip, fps=options.fps)
+    if options.mean is not None:
+        clip = replace(clip, mean=options.mean)
+    if options.std is not None:
+        clip = replace(clip, std=options.std)
     # A checkpoint of half precision is the same model: float32 is what clips, scales and the
     # baseline are in.
     module = structure.without_fused_encoders(module.float().eval().requires_grad_(False))

@@ -161,6 +161,12 @@ def _load(source: str | VideoModel, load: LoadOptions | None, progress: Progress
         progress.warn(
             f"{shown}: no linear or convolution that runs as a module of its own; kept as it is"
         )
+    clip = model.clip
+    if clip.dtype == "float32" and set(clip.mean) == {0.0} and set(clip.std) == {1.0}:
+        progress.warn(
+            "no normalisation is known for this model, so its clips are only scaled to 0..1; if it "
+            "was trained otherwise, give --mean and --std"
+        )
     return model
 
 

@@ -76,6 +76,8 @@ def _observe(
     }
     with progress.stage(f"calibrate with modelopt ({options.algorithm})"):
         calibrated = calibrate(working, formats, options.algorithm, run_clips)
+    if options.algorithm != "modelopt-max" and not calibrated.smoothing:
+        progress.warn(f"{options.algorithm} smoothed no layer of this model and target")
     return replace(stats, input_amax=calibrated.input_amax), calibrated.smoothing
 
 

@@ -69,7 +69,7 @@ def _planned_bits(planned: VideoModel) -> int:
     bits = _parameter_bits(planned.module)
     for module in planned.module.modules():
         if isinstance(module, FrozenLayer):
-            bits += module.weight_bits + (0 if module.bias is None else 32 * module.bias.numel())
+            bits += sum(8 * buffer.numel() * buffer.element_size() for buffer in module.buffers())
     return bits
 
 

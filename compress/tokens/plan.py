@@ -13,6 +13,9 @@ from vcompress.spec.plan import TokenSection
 
 __all__ = ["constant_schedule", "plan_merging"]
 
+# What rounding to whole tokens may add to the share that was asked for.
+_RATIO_TOLERANCE = 0.02
+
 
 def constant_schedule(
     num_tokens: int, num_special: int, num_blocks: int, ratio: float
@@ -35,6 +38,11 @@ def constant_schedule(
     return [*schedule, 0]
 
 
+def _mean_share(schedule: list[int], num_tokens: int) -> float:
+    seen = [num_tokens - sum(schedule[:block]) for block in range(len(schedule))]
+    return sum(seen) / len(seen) / num_tokens
+
+
 def plan_merging(model: VideoModel, ratio: float, clips: torch.Tensor) -> TokenSection:
     """A constant schedule for `ratio`, with proportional attention if `clips` say it is better.
 
@@ -53,6 +61,13 @@ def plan_merging(model: VideoModel, ratio: float, clips: torch.Tensor) -> TokenS
     assert model.token_grid is not None
     grid = model.token_grid
     schedule = constant_schedule(grid.num_tokens, grid.special, len(model.blocks), ratio)
+    reached = _mean_share(schedule, grid.num_tokens)
+    if reached > ratio + _RATIO_TOLERANCE:
+        message = (
+            f"--tokens {ratio}: merging at most half of the tokens after each block, "
+            f"{len(model.blocks)} blocks keep {reached:.2f} on average; ask for that or more"
+        )
+        raise InputError(message)
     baseline = model(clips)
     errors: list[float] = []
     sections: list[TokenSection] = []

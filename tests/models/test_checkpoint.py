@@ -149,6 +149,8 @@ def test_a_research_model_is_understood_by_running_it(tmp_path: Path, arch: str)
     assert model.blocks == ("stages.0", "stages.1")
     assert model.block_of("stages.1.3") == "stages.1"
     assert model.block_of("stem") is None
+    options = LoadOptions(arch=arch, input_spec=SPEC, mean=(0.5,), std=(0.1, 0.2, 0.3))
+    assert load_model(str(tmp_path / "r.pt"), options).clip.std == (0.1, 0.2, 0.3)
     assert model(model.example()).shape == (1, 5)
 
 
