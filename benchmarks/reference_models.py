@@ -11,8 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 RESULTS = Path(__file__).parent / "results" / "reference_models.json"
 MODELS = ("penvideo20", "moving-fashion")
@@ -35,6 +39,7 @@ def measure(model: str, target: str) -> dict[str, Any]:
                 f"--num-test-clips {ALL_TEST_CLIPS}",
             ),
         )  # fmt: skip
+        outputs = np.load(outcome.path / "proof.npz", allow_pickle=False)["baseline"]
     report = outcome.report
     stages = {stage["name"]: stage for stage in report["stages"]}
     result, onnx_baseline = stages["portable ONNX"], stages["baseline ONNX"]
@@ -50,6 +55,7 @@ def measure(model: str, target: str) -> dict[str, Any]:
         "sizes": report["sizes"],
         "effective_bits": report["precision"]["result_effective_bits"],
         "metrics": result["metrics"],
+        "baseline_confusions": confusions(model, outputs),
         "agreement_with_planned_torch_percent": result["metrics_versus_previous"][
             "agreement_percent"
         ],
@@ -59,6 +65,25 @@ def measure(model: str, target: str) -> dict[str, Any]:
         "verdict": report["verdict"],
         "engines": report["engines"],
     }
+
+
+def confusions(model: str, outputs: npt.NDArray[np.float32]) -> list[str]:
+    """The ten most frequent mistakes of the uncompressed model: "label -> guess: clips"."""
+    from vcompress.models.reference.catalog import REFERENCE_MODELS, reference_clips
+
+    names = REFERENCE_MODELS[model].labels
+    labels = reference_clips(model, "test")[1]
+    assert len(labels) == len(outputs)
+    guesses = outputs.argmax(-1)
+    wrong = Counter(
+        (int(label), int(guess))
+        for label, guess in zip(labels, guesses, strict=True)
+        if label != guess
+    )
+    return [
+        f"{names[label]} -> {names[guess]}: {count}"
+        for (label, guess), count in wrong.most_common(10)
+    ]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
