@@ -17,6 +17,7 @@ import click
 
 import vcompress
 from vcompress.cli_options import common, model_options, plan_options, proof_options
+from vcompress.spec.defaults import NUM_CLIPS
 from vcompress.spec.errors import QualityGateError, VcompressError
 from vcompress.spec.target import TARGETS
 
@@ -93,6 +94,56 @@ def plan(model: str, output: Path, as_json: bool, quiet: bool, **values: Any) ->
         model, output, load=load, options=pipeline.Options(**values), progress=console
     )
     console.plan(made, output)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--calib", metavar="PATH", help="Clips: a folder of videos, an .npz or a .pt file.")
+@click.option(
+    "--num-clips",
+    default=NUM_CLIPS,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Calibration clips.",
+)
+@click.option(
+    "--target",
+    default="mixed",
+    show_default=True,
+    type=click.Choice(list(TARGETS)),
+    help="Whose formats are compared.",
+)
+@click.option("--formats", metavar="A,B", help="Other formats than the target's.")
+@click.option("--check", is_flag=True, help="Measure by brute force too, and compare. Slow.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Of every random choice.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("sensitivity.png"),
+    show_default=True,
+    help="The plot.",
+)
+@model_options
+@common
+def sensitivity(
+    model: str, formats: str | None, check: bool, output: Path, as_json: bool, quiet: bool,
+    **values: Any,
+) -> None:  # fmt: skip
+    """What each layer of MODEL costs in each format: a table and a plot.
+
+    Costs are predicted from a few gradients, in seconds; --check measures them.
+    """
+    from vcompress import pipeline
+    from vcompress.terminal import Console
+
+    console = Console(as_json=as_json, quiet=quiet)
+    load = _load_options(values)
+    table = pipeline.sensitivity(
+        model, options=pipeline.Options(**values), check=check, load=load, progress=console,
+        formats=None if formats is None else tuple(formats.split(",")), plot=output,
+    )  # fmt: skip
+    console.sensitivity(table, output)
 
 
 @cli.command()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import click
 
-from vcompress.spec.defaults import MAX_LAYER_ERROR, NUM_CLIPS, NUM_TEST_CLIPS
+from vcompress.spec.defaults import ALGORITHM, MAX_LAYER_ERROR, NUM_CLIPS, NUM_TEST_CLIPS
 from vcompress.spec.target import TARGETS
 
 __all__ = ["common", "model_options", "plan_options", "proof_options"]
@@ -31,7 +33,26 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"{value!r} is not a list of numbers such as 0.5,0.5,0.5", param, ctx)
 
 
+class _Size(click.ParamType[int]):
+    """Bytes, with or without a unit."""
+
+    name = "size"
+    _UNITS = MappingProxyType({
+        "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20,
+        "GIB": 2**30,
+    })  # fmt: skip
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """`value` in bytes."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+        unit = self._UNITS.get(found.group(2).upper()) if found else None
+        if found is None or unit is None:
+            self.fail(f"{value!r} is not a size such as 12MB, 12MiB or 12000000", param, ctx)
+        return int(float(found.group(1)) * unit)
+
+
 NUMBERS = _Numbers()
+SIZE = _Size()
 
 
 def _with_options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
@@ -101,10 +122,22 @@ plan_options = _with_options(
     ),
     click.option(
         "--algorithm",
-        default="max",
+        default=ALGORITHM,
         show_default=True,
-        type=click.Choice(["max", "modelopt-max", "smoothquant", "awq"]),
-        help="How inputs are calibrated; all but max use modelopt.",
+        help="How layers of few bits are calibrated: auto (layer by layer the best of a few), max, "
+        "gptq, hadamard, svdquant, awq, ...; an unknown name lists all.",
+    ),
+    click.option(
+        "--budget-bits",
+        type=float,
+        metavar="BITS",
+        help="For --target mixed: effective bits a weight, scales counted.",
+    ),
+    click.option(
+        "--max-size",
+        type=SIZE,
+        metavar="SIZE",
+        help="For --target mixed: all weights in at most so much, e.g. 12MB or 12MiB.",
     ),
     click.option(
         "--max-layer-error",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vcompress.export.capabilities import Capability
     from vcompress.pipeline.revalidate import Validation
     from vcompress.pipeline.run import Outcome
+    from vcompress.pipeline.sensitivity import SensitivityTable
 
 __all__ = ["Console"]
 
@@ -118,6 +119,37 @@ class Console:
             return
         self._print_plan(plan)
         self._out.print(Text(f"next     vcompress apply {path} MODEL --output out/"))
+
+    def sensitivity(self, table: SensitivityTable, plot: Path) -> None:
+        """What each layer costs in each format; the most sensitive layers first."""
+        if self._json:
+            self._print_json(table.as_dict())
+            return
+        formats = list(dict.fromkeys(name for row in table.predicted.values() for name in row))
+        self._out.print(Text(
+            f"{table.model}  {table.loss} with one layer alone in the format, predicted from "
+            f"{table.num_clips['prediction']} clips in {table.seconds['predict']:.1f} s"
+        ))  # fmt: skip
+        shown = _table(("layer", "kind", *formats), right=range(2, 2 + len(formats)))
+        ordered = sorted(table.predicted, key=lambda name: -max(table.predicted[name].values()))
+        for name in ordered:
+            row = table.predicted[name]
+            cells = (f"{row[each]:.2e}" if each in row else "-" for each in formats)
+            shown.add_row(Text(name), table.kinds[name], *cells)
+        self._out.print(shown)
+        for name in table.unreached:
+            self._out.print(Text(f"not reached by the clips, kept: {name}"))
+        if table.agreement is not None:
+            found = table.agreement
+            share = table.seconds["predict"] / table.seconds["brute_force"]
+            self._out.print(Text(
+                f"check    Spearman {found.spearman:.3f} over {found.num_pairs} pairs, "
+                f"{found.top_overlap:.0%} of the most sensitive fifth found, plan at "
+                f"{found.regret_bits:g} bits {found.regret:+.1%} from the best, in {share:.1%} of "
+                f"the {table.seconds['brute_force']:.0f} s of brute force"
+            ))  # fmt: skip
+        if plot.exists():
+            self._out.print(Text(f"wrote    {plot}"))
 
     def inspect(self, path: Path) -> None:
         """An artifact, a plan or an ONNX file."""

@@ -1,7 +1,7 @@
 """Choose a format for every layer, and freeze the layers into it.
 
 The choice is the first format of the target that the layer's shape allows and that the layer can
-bear: its measured score (see `sensitivity`) stays below `max_layer_error`. A layer that cannot
+bear: its measured score (see `block_error`) stays below `max_layer_error`. A layer that cannot
 bear the first format gets the next; the last is to keep it.
 """
 
@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-
 from vcompress.compress.frozen import freeze
+from vcompress.compress.tensors import ModelTensors, select
 from vcompress.models.video import VideoModel
 from vcompress.spec.formats import FLOAT
 from vcompress.spec.plan import LayerChoice
@@ -74,25 +73,25 @@ def _next_format(target: Target, rejected: str, name: str, model: VideoModel) ->
 
 
 def apply_choices(
-    model: VideoModel,
-    choices: Mapping[str, LayerChoice],
-    smoothing: Mapping[str, torch.Tensor] | None = None,
+    model: VideoModel, choices: Mapping[str, LayerChoice], tensors: ModelTensors
 ) -> None:
     """Replace every chosen layer of `model.module` by its frozen form, in place.
 
     Args:
-        smoothing: per layer a factor for each input channel, or nothing (see `frozen.freeze`).
+        model: is changed.
+        choices: by layer; those to keep a layer are passed over.
+        tensors: calibrated ones; a layer takes those that its choice names.
     """
     for name, choice in choices.items():
         if choice.format == FLOAT:
             continue
-        assert choice.input_amax is not None, "the plan was not checked"
         layer = model.layer(name)
         frozen = freeze(
             layer,
             choice.format,
             choice.input_amax,
-            input_smoothing=None if smoothing is None else smoothing.get(name),
+            rotation=choice.rotation,
+            tensors=select(tensors.get(name, {}), choice.tensors),
             name=name,
         )
         # A layer that is used in several places has several names, and stands in the plan by one.

@@ -22,6 +22,7 @@ from onnxscript import optimizer
 from torch import nn
 
 import vcompress
+from vcompress.compress.frozen import FrozenLayer
 from vcompress.export.dialects.dialect import Dialect
 from vcompress.export.dialects.portable import PORTABLE
 from vcompress.export.dialects.tensorrt import TENSORRT
@@ -50,6 +51,8 @@ class GraphFacts:
         output_shape: as `input_shape`.
         static_reason: why the batch size is fixed; None if it is free.
         num_nodes: operators in the graph.
+        own_operators: types of those that are no part of ONNX, which only the dialect's runtimes
+            know.
         num_bytes: of all files.
     """
 
@@ -60,6 +63,7 @@ class GraphFacts:
     output_shape: tuple[int | str, ...]
     static_reason: str | None
     num_nodes: int
+    own_operators: tuple[str, ...]
     num_bytes: int
 
 
@@ -88,17 +92,19 @@ def export_onnx(
             of the example.
 
     Raises:
-        InputError: the dialect is unknown.
+        InputError: the dialect is unknown, or its runtimes have no place for a layer's format.
         BuildError: the module cannot be traced or has an operator without translation.
     """
     if dialect not in DIALECTS:
         message = f"unknown dialect {dialect!r}; choose one of: {', '.join(DIALECTS)}"
         raise InputError(message)
+    _refuse_formats(module, DIALECTS[dialect])
     with quiet():
         traced = trace(module, example, dynamic_batch=dynamic_batch)
         model = _translate(traced.program, DIALECTS[dialect])
         signature = traced.program.graph_signature
-        _tidy(model, {*signature.parameters, *signature.buffers})
+        constants = set(signature.non_persistent_buffers)
+        _tidy(model, {*signature.parameters, *signature.buffers}, constants)
     _rename(model, input_name, output_name)
     model.metadata_props.update(metadata)
     files = _save(model, path)
@@ -110,18 +116,51 @@ def export_onnx(
         output_shape=_shape(model.graph.outputs[0]),
         static_reason=traced.static_reason,
         num_nodes=len(model.graph),
+        own_operators=tuple(sorted({node.op_type for node in model.graph if node.domain})),
         num_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def _refuse_formats(module: nn.Module, dialect: Dialect) -> None:
+    """Raise one `InputError` that names every layer that the runtimes of `dialect` cannot take."""
+    refused: dict[str, list[str]] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, FrozenLayer) and layer.format in dialect.refused:
+            refused.setdefault(layer.format, []).append(name or type(layer).__name__)
+    if refused:
+        lines = [
+            f"{format}: {dialect.refused[format]}; {', '.join(names)}"
+            for format, names in refused.items()
+        ]
+        message = (
+            f"the {dialect.name} dialect has no place for all formats of this plan; choose another "
+            "format for these layers, or use the portable dialect:\n  " + "\n  ".join(lines)
+        )
+        raise InputError(message)
+
+
+def _opset(program: torch.export.ExportedProgram, dialect: Dialect) -> int:
+    """The oldest opset that has all operators of `program`."""
+    operators = [str(node.target) for node in program.graph.nodes]
+    return max(
+        [
+            dialect.opset,
+            *(
+                opset
+                for beginning, opset in dialect.newer_opsets.items()
+                if any(name.startswith(f"vcompress.{beginning}") for name in operators)
+            ),
+        ]
     )
 
 
 def _translate(program: torch.export.ExportedProgram, dialect: Dialect) -> ir.Model:
     """The ONNX graph of `program`, as the exporter and the dialect translate it."""
-    has_nvfp4 = any("vcompress.nvfp4" in str(node.target) for node in program.graph.nodes)
     try:
         exported = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=dialect.opset_with_nvfp4 if has_nvfp4 else dialect.opset,
+            opset_version=_opset(program, dialect),
             custom_translation_table=dict(dialect.translations),
             optimize=False,
             verbose=False,
@@ -141,11 +180,12 @@ def _translate(program: torch.export.ExportedProgram, dialect: Dialect) -> ir.Mo
     return model
 
 
-def _tidy(model: ir.Model, parameters: set[str]) -> None:
+def _tidy(model: ir.Model, parameters: set[str], constants: set[str]) -> None:
     """Fold shape arithmetic, drop what nothing uses and what tells of the machine, in place.
 
     Args:
         parameters: names of parameters and buffers, which are left as they are.
+        constants: those of them that are no part of the model's state; of equal ones one is kept.
     """
 
     def reads_parameter(node: ir.Node) -> bool | None:
@@ -157,7 +197,7 @@ def _tidy(model: ir.Model, parameters: set[str]) -> None:
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    _merge_constants(model, parameters)
+    _merge_constants(model, parameters - constants)
     common.CommonSubexpressionEliminationPass()(model)
     common.OutputFixPass()(model)
     common.NameFixPass()(model)

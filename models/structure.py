@@ -6,7 +6,8 @@ a block is a member of a list of modules of one class that together hold most of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,10 @@ from vcompress.models.video import primary_output
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import LayerFacts
 
-__all__ = ["find_blocks", "find_layers", "layer_kind", "run_once", "without_fused_encoders"]
+__all__ = [
+    "find_blocks", "find_layers", "find_shared_inputs", "layer_kind", "run_once",
+    "without_fused_encoders",
+]  # fmt: skip
 
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Linear, "linear"),
@@ -113,3 +117,57 @@ def _like_members(name: str, container: nn.Module, layers: dict[str, LayerFacts]
         holds_layers = any(layer.startswith(f"{full_name}.") for layer in layers)
         if holds_layers and classes.count(type(submodule)) >= 2:
             yield full_name
+
+
+def find_shared_inputs(
+    module: nn.Module, layers: Collection[str], example: torch.Tensor
+) -> tuple[tuple[str, ...], ...]:
+    """Groups of linears that receive the very same tensor, as query, key and value do.
+
+    A runtime fuses such layers into one, or quantizes their input once; both need one format.
+    Every layer of `layers` that ran is in exactly one group, in the order of the calls; most are
+    alone in theirs. A layer that is called with several tensors ties all who receive one of them.
+    """
+    receivers: dict[tuple[int, int], list[str]] = {}
+    kept: list[torch.Tensor] = []  # an address is not used again while its tensor lives
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            value = (*arguments, *keywords.values())[0]
+            kept.append(value)
+            # A convolution shares nothing that a runtime would fuse, and a tensor that was worked
+            # on in place since is another one.
+            shared = isinstance(layer, nn.Linear)
+            key = (id(value), value._version) if shared else (-len(kept), 0)
+            receivers.setdefault(key, []).append(name)
+
+        return see
+
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name in layers
+    ]
+    try:
+        # Tensors of the inference mode do not count their changes.
+        with torch.inference_mode(False), torch.no_grad():
+            module(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _united(receivers.values())
+
+
+def _united(groups: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], ...]:
+    """Groups that have a member in common become one."""
+    united: list[dict[str, None]] = []
+    for names in groups:
+        group = dict.fromkeys(names)
+        touched = [other for other in united if other.keys() & group.keys()]
+        if touched:
+            for other in touched[1:]:
+                united.remove(other)
+            group = {**{name: None for other in touched for name in other}, **group}
+            united[united.index(touched[0])] = group
+        else:
+            united.append(group)
+    return tuple(tuple(group) for group in united)

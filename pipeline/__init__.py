@@ -5,7 +5,9 @@ from __future__ import annotations
 from vcompress.pipeline.order import apply, quantize, write_plan
 from vcompress.pipeline.planning import apply_plan, make_plan
 from vcompress.pipeline.run import Options, Outcome, Progress
+from vcompress.pipeline.sensitivity import SensitivityTable, sensitivity
 
 __all__ = [
-    "Options", "Outcome", "Progress", "apply", "apply_plan", "make_plan", "quantize", "write_plan",
+    "Options", "Outcome", "Progress", "SensitivityTable", "apply", "apply_plan", "make_plan",
+    "quantize", "sensitivity", "write_plan",
 ]  # fmt: skip

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from vcompress.calib.sources import ClipRequest, ClipSets, open_clip_sets
+from vcompress.compress.tensors import ModelTensors
 from vcompress.export.publish import check_output
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.video import VideoModel
@@ -19,7 +17,7 @@ from vcompress.spec.errors import InputError, MissingCapabilityError
 from vcompress.spec.plan import CompressionPlan, check_plan
 from vcompress.spec.target import find_target
 
-__all__ = ["apply", "quantize", "write_plan"]
+__all__ = ["apply", "open_model_and_clips", "quantize", "write_plan"]
 
 _FEW_CLIPS = 16
 
@@ -38,8 +36,21 @@ def quantize(
     recorded = Recorded(progress or Silent())
     model, output = _prepare(source, options, load, recorded)
     clips = _open_clips(model, options, recorded)
-    plan, smoothing = make_plan(model, clips.calibration, options, recorded)
-    return _produce(model, plan, smoothing, clips, options, output, recorded)
+    plan, tensors = make_plan(model, clips.calibration, options, recorded)
+    return _produce(model, plan, tensors, clips, options, output, recorded)
+
+
+def open_model_and_clips(
+    source: str | VideoModel, options: Options, load: LoadOptions | None, progress: Progress
+) -> tuple[VideoModel, ClipSets]:
+    """The model at `source` and the clips of `options`.
+
+    Raises:
+        InputError: one of them is missing or wrong.
+    """
+    _require_calib(options)
+    model = _load(source, load, progress)
+    return model, _open_clips(model, options, progress)
 
 
 def write_plan(
@@ -60,10 +71,9 @@ def write_plan(
     if path.exists() and not options.force:
         message = f"{path} is there and may have been edited; add --force to replace it"
         raise InputError(message)
-    model = _load(source, load, recorded)
-    clips = _open_clips(model, options, recorded)
-    plan, smoothing = make_plan(model, clips.calibration, options, recorded)
-    return save_plan(plan, smoothing, path)
+    model, clips = open_model_and_clips(source, options, load, recorded)
+    plan, tensors = make_plan(model, clips.calibration, options, recorded)
+    return save_plan(plan, tensors, path)
 
 
 def apply(
@@ -76,7 +86,7 @@ def apply(
     calibrated on.
     """
     recorded = Recorded(progress or Silent())
-    plan, smoothing = read_plan(plan_path)
+    plan, tensors = read_plan(plan_path)
     evidence = plan.evidence
     options = replace(
         options,
@@ -86,7 +96,10 @@ def apply(
         calib=options.calib or str(evidence.get("calib") or "") or None,
     )
     model, output = _prepare(source, options, load, recorded)
-    check_plan(plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256)
+    check_plan(
+        plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256,
+        parts=tensors,
+    )  # fmt: skip
     clips = _open_clips(model, options, recorded)
     if clips.calibration.digest != evidence.get("calib_sha256"):
         message = (
@@ -97,19 +110,19 @@ def apply(
             message += "; restore them, or name test clips with --data"
             raise InputError(message)
         recorded.warn(message)
-    return _produce(model, plan, smoothing, clips, options, output, recorded)
+    return _produce(model, plan, tensors, clips, options, output, recorded)
 
 
 def _produce(
-    model: VideoModel, plan: CompressionPlan, smoothing: Mapping[str, torch.Tensor],
+    model: VideoModel, plan: CompressionPlan, tensors: ModelTensors,
     clips: ClipSets, options: Options, output: Path, progress: Recorded,
 ) -> Outcome:  # fmt: skip
     from vcompress.pipeline.production import produce
 
     with progress.stage("apply"):
-        planned = apply_plan(model, plan, smoothing)
+        planned = apply_plan(model, plan, tensors)
     return produce(
-        model, planned, plan, smoothing, clips, options=options, output=output, progress=progress
+        model, planned, plan, tensors, clips, options=options, output=output, progress=progress
     )
 
 

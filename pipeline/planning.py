@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,72 +12,45 @@ import vcompress
 from vcompress.calib.clips import Clips
 from vcompress.calib.observe import observe
 from vcompress.calib.stats import Stats
-from vcompress.compress import quantize as quantization
-from vcompress.compress.passes import PASSES, PlanContext
+from vcompress.compress.context import PlanContext
+from vcompress.compress.passes import PASSES
+from vcompress.compress.tensors import LayerTensors, ModelTensors, flatten, unflatten
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.run import Options, Progress, Silent
 from vcompress.spec.artifact import sha256_of
 from vcompress.spec.errors import InputError
-from vcompress.spec.formats import FLOAT
 from vcompress.spec.plan import CompressionPlan, check_plan
 from vcompress.spec.target import find_target
 
 __all__ = ["apply_plan", "make_plan", "read_plan", "save_plan"]
 
-_NUM_MEASUREMENT_CLIPS = 8
-
 
 def make_plan(
     model: VideoModel, calibration: Clips, options: Options, progress: Progress | None = None
-) -> tuple[CompressionPlan, dict[str, torch.Tensor]]:
-    """Decide everything. Returns the plan and the calibrated input factors by layer."""
+) -> tuple[CompressionPlan, ModelTensors]:
+    """Decide everything. Returns the plan and the calibrated tensors by layer."""
     progress = progress or Silent()
-    target = find_target(options.target)
+    budget = options.budget(model.task)
     plan = _empty_plan(model, calibration, options)
-    clips = torch.from_numpy(next(calibration.batches(_NUM_MEASUREMENT_CLIPS)))
     working = model.copy()
-    smoothing: dict[str, torch.Tensor] = {}
+    tensors: dict[str, LayerTensors] = {}
     for step in PASSES:
         stats = Stats.nothing(calibration)
         if step.needs:
-            stats, smoothing = _observe(working, calibration, step.needs, options, progress)
-        with progress.stage("plan", len(model.layers)) as advance:
-            context = PlanContext(
-                target=target, stats=stats, original=model, clips=clips, tokens=options.tokens,
-                max_layer_error=options.max_layer_error, smoothing=smoothing, on_layer=advance,
-            )  # fmt: skip
-            plan = step.plan(working, plan, context)
-        step.apply(working, plan, smoothing)
-    return plan, smoothing
-
-
-def _observe(
-    working: VideoModel, calibration: Clips, needs: frozenset[str], options: Options,
-    progress: Progress,
-) -> tuple[Stats, dict[str, torch.Tensor]]:  # fmt: skip
-    layers = {name: working.layer(name) for name in working.layers}
-    with progress.stage("calibrate", len(calibration)) as advance:
-        stats = observe(working, layers, calibration, needs=needs, on_batch=advance)
-    if options.algorithm == "max":
-        return stats, {}
-    from vcompress.compress.modelopt_bridge import calibrate
-
-    def run_clips(subject: VideoModel) -> None:
-        for batch in calibration.batches(_NUM_MEASUREMENT_CLIPS):
-            subject(torch.from_numpy(batch))
-
-    formats = {
-        name: candidate
-        for name, candidate in quantization.candidate_formats(
-            working, find_target(options.target)
-        ).items()
-        if candidate != FLOAT and name in stats.input_amax
-    }
-    with progress.stage(f"calibrate with modelopt ({options.algorithm})"):
-        calibrated = calibrate(working, formats, options.algorithm, run_clips)
-    if options.algorithm != "modelopt-max" and not calibrated.smoothing:
-        progress.warn(f"{options.algorithm} smoothed no layer of this model and target")
-    return replace(stats, input_amax=calibrated.input_amax), calibrated.smoothing
+            layers = {name: working.layer(name) for name in working.layers}
+            with progress.stage("calibrate", len(calibration)) as advance:
+                stats = observe(working, layers, calibration, needs=step.needs, on_batch=advance)
+        context = PlanContext(
+            target=find_target(options.target), stats=stats, original=model,
+            calibration=calibration, tokens=options.tokens, algorithm=options.algorithm,
+            max_layer_error=options.max_layer_error, budget=budget, seed=options.seed,
+            stage=progress.stage, warn=progress.warn,
+        )  # fmt: skip
+        planned = step.plan(working, plan, context)
+        step.apply(working, planned.plan, planned.tensors)
+        plan = planned.plan
+        tensors.update(planned.tensors)
+    return plan, tensors
 
 
 def _empty_plan(model: VideoModel, calibration: Clips, options: Options) -> CompressionPlan:
@@ -109,41 +81,43 @@ def _empty_plan(model: VideoModel, calibration: Clips, options: Options) -> Comp
 
 
 def apply_plan(
-    model: VideoModel, plan: CompressionPlan, smoothing: Mapping[str, torch.Tensor] | None = None
+    model: VideoModel, plan: CompressionPlan, tensors: ModelTensors | None = None
 ) -> VideoModel:
     """A copy of `model` on which every pass executed its section of `plan`.
 
     Raises:
         InputError: the plan does not fit the model; the message lists everything that is wrong.
     """
-    check_plan(plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256)
+    tensors = tensors or {}
+    check_plan(
+        plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256,
+        parts=tensors,
+    )  # fmt: skip
     planned = model.copy()
     for step in PASSES:
-        step.apply(planned, plan, smoothing or {})
+        step.apply(planned, plan, tensors)
     return planned
 
 
-def save_plan(
-    plan: CompressionPlan, smoothing: Mapping[str, torch.Tensor], path: Path
-) -> CompressionPlan:
+def save_plan(plan: CompressionPlan, tensors: ModelTensors, path: Path) -> CompressionPlan:
     """Write `plan` to `path`, and calibrated tensors beside it; returns the plan as written."""
-    if smoothing:
-        tensors = path.with_suffix(".safetensors")
-        save_file({name: tensor.contiguous() for name, tensor in smoothing.items()}, tensors)
-        plan = replace(plan, tensors={"file": tensors.name, "sha256": sha256_of(tensors)})
+    if tensors:
+        file = path.with_suffix(".safetensors")
+        save_file(flatten(tensors), file)
+        plan = replace(plan, tensors={"file": file.name, "sha256": sha256_of(file)})
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(plan.to_json(), encoding="utf-8")
     temporary.replace(path)
     return plan
 
 
-def read_plan(path: Path) -> tuple[CompressionPlan, dict[str, torch.Tensor]]:
+def read_plan(path: Path) -> tuple[CompressionPlan, ModelTensors]:
     """The plan at `path` and its tensors; their digest is checked."""
     plan = CompressionPlan.load(path)
     if plan.tensors is None:
         return plan, {}
-    tensors = path.parent / Path(plan.tensors["file"]).name
-    if not tensors.is_file() or sha256_of(tensors) != plan.tensors["sha256"]:
-        message = f"{tensors} is missing or was changed since {path} was made; make the plan again"
+    file = path.parent / Path(plan.tensors["file"]).name
+    if not file.is_file() or sha256_of(file) != plan.tensors["sha256"]:
+        message = f"{file} is missing or was changed since {path} was made; make the plan again"
         raise InputError(message)
-    return plan, load_file(tensors)
+    return plan, unflatten(load_file(file))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vcompress.calib.sources import ClipSets
+from vcompress.compress.tensors import ModelTensors
 from vcompress.export import engine as engines
 from vcompress.export.graph import GraphFacts, export_onnx
 from vcompress.export.manifest import INPUT_NAME, OUTPUT_NAME, onnx_metadata
@@ -50,7 +49,7 @@ class Graphs:
 
 def produce(
     model: VideoModel, planned: VideoModel, plan: CompressionPlan,
-    smoothing: Mapping[str, torch.Tensor], clips: ClipSets, *,
+    tensors: ModelTensors, clips: ClipSets, *,
     options: Options, output: Path, progress: Recorded,
 ) -> Outcome:  # fmt: skip
     """Make, prove and publish the artifact.
@@ -62,13 +61,13 @@ def produce(
     """
     with tempfile.TemporaryDirectory(prefix="vcompress-") as name:
         folder = Path(name)
-        plan = save_plan(plan, smoothing, folder / "plan.json")
+        plan = save_plan(plan, tensors, folder / "plan.json")
         with progress.stage("export", 3) as advance:
             graphs = _export(model, planned, plan, folder, advance)
         _verify(plan, graphs, progress)
         built = _build_engines(graphs, plan, options, folder, progress)
         with progress.stage("prove", 3 * len(clips.test)) as advance:
-            proof = proving.prove(_forms(model, planned, plan, graphs), plan, clips.test, advance)
+            proof = proving.prove(_forms(model, planned, graphs), plan, clips.test, advance)
         bar = _bar(options, clips, model)
         verdict = gate.judge(proof.metrics, max_drop_points=bar, min_sqnr_db=options.min_sqnr)
         graphs.baseline.unlink()
@@ -174,10 +173,8 @@ def _build_engine(source: Path, path: Path, sm: str) -> Engine:
     return entry  # type: ignore[return-value]
 
 
-def _forms(
-    model: VideoModel, planned: VideoModel, plan: CompressionPlan, graphs: Graphs
-) -> proving.Forms:
-    holds_nvfp4 = any(choice.format == "nvfp4" for choice in plan.quantize.values())
+def _forms(model: VideoModel, planned: VideoModel, graphs: Graphs) -> proving.Forms:
+    own_operators = graphs.tensorrt.own_operators
     return proving.Forms(
         baseline=model,
         planned=planned,
@@ -185,10 +182,10 @@ def _forms(
         portable_session=open_session(graphs.portable.files[0]),
         portable_path=graphs.portable.files[0],
         tensorrt_path=graphs.tensorrt.files[0],
-        tensorrt_session=None if holds_nvfp4 else open_session(graphs.tensorrt.files[0]),
+        tensorrt_session=None if own_operators else open_session(graphs.tensorrt.files[0]),
         tensorrt_reason=(
-            "its FP4 operators exist in TensorRT only; formats and weights are read back"
-            if holds_nvfp4
+            f"{', '.join(own_operators)}: known to TensorRT only; formats and weights are read back"
+            if own_operators
             else ""
         ),
     )

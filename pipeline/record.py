@@ -69,7 +69,9 @@ def _planned_bits(planned: VideoModel) -> int:
     bits = _parameter_bits(planned.module)
     for module in planned.module.modules():
         if isinstance(module, FrozenLayer):
-            bits += sum(8 * buffer.numel() * buffer.element_size() for buffer in module.buffers())
+            bits += sum(
+                8 * each.numel() * each.element_size() for each in module.state_dict().values()
+            )
     return bits
 
 
@@ -80,7 +82,7 @@ def _layer_rows(model: VideoModel, planned: VideoModel, plan: CompressionPlan) -
         weight = model.layer(name).weight
         assert isinstance(weight, torch.Tensor)
         bits = (
-            layer.weight_bits
+            layer.weight_bits + layer.extra_bits
             if isinstance(layer, FrozenLayer)
             else 8 * weight.numel() * weight.element_size()
         )

@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from vcompress.spec.defaults import MAX_LAYER_ERROR, NUM_CLIPS, NUM_TEST_CLIPS
+from vcompress.compress.calibration import check_algorithm
+from vcompress.spec.budget import Budget
+from vcompress.spec.defaults import (
+    ALGORITHM,
+    MAX_DROP_POINTS,
+    MAX_LAYER_ERROR,
+    NUM_CLIPS,
+    NUM_TEST_CLIPS,
+)
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan
+from vcompress.spec.target import find_target
 from vcompress.validate.gate import Verdict
 from vcompress.validate.report_types import Report
 
@@ -70,8 +79,10 @@ class Options:
     num_clips: int = NUM_CLIPS
     num_test_clips: int = NUM_TEST_CLIPS
     tokens: float | None = None
-    algorithm: str = "max"
+    algorithm: str = ALGORITHM
     max_layer_error: float = MAX_LAYER_ERROR
+    budget_bits: float | None = None
+    max_size: int | None = None
     max_drop: float | None = None
     min_sqnr: float | None = None
     engine: bool = True
@@ -85,17 +96,50 @@ class Options:
         for name, low, high in (
             ("num_clips", 1, 10**6), ("num_test_clips", 1, 10**6), ("max_layer_error", 0, 10),
             ("max_drop", 0, 100), ("min_sqnr", -200, 400), ("seed", 0, 2**31 - 1),
+            ("budget_bits", 1, 64), ("max_size", 1, 2**50),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 flag = name.replace("_", "-")
                 message = f"--{flag} must lie between {low} and {high}, got {value}"
                 raise InputError(message)
+        check_algorithm(self.algorithm)
         if self.tokens is not None and not 0 < self.tokens <= 1:
             message = (
                 f"--tokens must be above 0 and at most 1 (1 merges nothing), got {self.tokens}"
             )
             raise InputError(message)
+        if self.budget_bits is not None and self.max_size is not None:
+            message = "--budget-bits and --max-size are two budgets; give one"
+            raise InputError(message)
+        if (self.budget_bits or self.max_size) and not find_target(self.target).searches:
+            message = (
+                f"--budget-bits and --max-size are for --target mixed, which searches formats; "
+                f"{self.target} takes its own in their order"
+            )
+            raise InputError(message)
+
+    def budget(self, task: str) -> Budget | None:
+        """What formats are searched under for a model of `task`; None for a target in order.
+
+        Raises:
+            InputError: the target searches, and nothing limits it.
+        """
+        if not find_target(self.target).searches:
+            return None
+        if self.budget_bits is not None:
+            return Budget("effective_bits", self.budget_bits)
+        if self.max_size is not None:
+            return Budget("weight_bytes", self.max_size)
+        if self.min_sqnr is not None:
+            return Budget("sqnr_db", self.min_sqnr)
+        if task == "classify":
+            drop = MAX_DROP_POINTS if self.max_drop is None else self.max_drop
+            return Budget("drop_points", drop)
+        message = (
+            f"--target {self.target} needs a limit: add --budget-bits, --max-size or --min-sqnr"
+        )
+        raise InputError(message)
 
 
 @dataclass(frozen=True, kw_only=True)

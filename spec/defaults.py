@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["MAX_DROP_POINTS", "MAX_LAYER_ERROR", "NUM_CLIPS", "NUM_TEST_CLIPS"]
+__all__ = [
+    "ALGORITHM", "MAX_DROP_POINTS", "MAX_LAYER_ERROR", "NUM_CLIPS", "NUM_TEST_CLIPS",
+]  # fmt: skip
+
+# How 4-bit layers are calibrated; see docs/precision.md for what it is compared with.
+ALGORITHM = "auto"
 
 NUM_CLIPS = 64
 NUM_TEST_CLIPS = 1000

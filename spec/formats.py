@@ -25,6 +25,9 @@ class Format:
             output channel; -1 for one scale a tensor.
         scale_bits: bits of one block or channel scale.
         tensor_scale_bits: bits of the scale of the whole tensor, if there is one.
+        input_bits: bits of one value of the layer's input, block scales included; a scale for a
+            whole token or tensor is too little to count. 0 where the input stays as it is.
+        needs_input_amax: whether the input has a static scale, which calibration must find.
         layer_kinds: the kinds of layer that hardware runs in this format.
         description: one line for people.
     """
@@ -34,6 +37,8 @@ class Format:
     block_size: int
     scale_bits: int
     tensor_scale_bits: int
+    input_bits: float
+    needs_input_amax: bool
     layer_kinds: tuple[LayerKind, ...]
     description: str
 
@@ -62,22 +67,53 @@ class Format:
         return None
 
 
+def _int4(group_size: int) -> Format:
+    return Format(
+        name=f"int4_g{group_size}", element_bits=4, block_size=group_size, scale_bits=16,
+        tensor_scale_bits=0, input_bits=0, needs_input_amax=False, layer_kinds=("linear",),
+        description=f"symmetric INT4 weights, FP16 scale per {group_size} values; input as it is",
+    )  # fmt: skip
+
+
 FORMATS: dict[str, Format] = {
     "nvfp4": Format(
         name="nvfp4", element_bits=4, block_size=16, scale_bits=8, tensor_scale_bits=32,
-        layer_kinds=("linear",),
+        input_bits=4.5, needs_input_amax=True, layer_kinds=("linear",),
         description="E2M1 elements, E4M3 scale per 16 values, FP32 scale per tensor; W4A4",
     ),
-    "int8": Format(
-        name="int8", element_bits=8, block_size=0, scale_bits=32, tensor_scale_bits=0,
-        layer_kinds=("linear", *_CONVOLUTIONS),
-        description="symmetric INT8, weight scale per output channel, static input scale; W8A8",
+    "mxfp4": Format(
+        name="mxfp4", element_bits=4, block_size=32, scale_bits=8, tensor_scale_bits=0,
+        input_bits=4.25, needs_input_amax=False, layer_kinds=("linear",),
+        description="E2M1 elements, E8M0 scale per 32 values, all dynamic; W4A4",
+    ),
+    "mxfp8": Format(
+        name="mxfp8", element_bits=8, block_size=32, scale_bits=8, tensor_scale_bits=0,
+        input_bits=8.25, needs_input_amax=False, layer_kinds=("linear",),
+        description="E4M3 elements, E8M0 scale per 32 values, all dynamic; W8A8",
     ),
     "fp8": Format(
         name="fp8", element_bits=8, block_size=-1, scale_bits=0, tensor_scale_bits=32,
-        layer_kinds=("linear", *_CONVOLUTIONS),
+        input_bits=8, needs_input_amax=True, layer_kinds=("linear", *_CONVOLUTIONS),
         description="E4M3, one scale per tensor for weight and input; W8A8",
     ),
+    "fp8_channel": Format(
+        name="fp8_channel", element_bits=8, block_size=0, scale_bits=32, tensor_scale_bits=0,
+        input_bits=8, needs_input_amax=False, layer_kinds=("linear",),
+        description="E4M3, weight scale per output channel, input scale per token, dynamic; W8A8",
+    ),
+    "int8": Format(
+        name="int8", element_bits=8, block_size=0, scale_bits=32, tensor_scale_bits=0,
+        input_bits=8, needs_input_amax=True, layer_kinds=("linear", *_CONVOLUTIONS),
+        description="symmetric INT8, weight scale per output channel, static input scale; W8A8",
+    ),
+    "int8_token": Format(
+        name="int8_token", element_bits=8, block_size=0, scale_bits=32, tensor_scale_bits=0,
+        input_bits=8, needs_input_amax=False, layer_kinds=("linear",),
+        description="symmetric INT8, weight scale per output channel, input scale per token; W8A8",
+    ),
+    "int4_g128": _int4(128),
+    "int4_g64": _int4(64),
+    "int4_g32": _int4(32),
 }  # fmt: skip
 
 # The layer is left as it is. Counted at the bits that its parameters have in the exported graph.

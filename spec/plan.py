@@ -8,101 +8,22 @@ stands here, and a person may edit a line. Unknown keys and names are errors.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vcompress.spec import strict_json
 from vcompress.spec.errors import InputError
-from vcompress.spec.formats import FLOAT, FORMATS
-from vcompress.spec.strict_json import check_keys, significant
+from vcompress.spec.layer_choice import TENSOR_WORDS, LayerChoice, LayerFacts, misfits
+from vcompress.spec.strict_json import check_keys
 
 __all__ = [
-    "SCHEMA", "CompressionPlan", "LayerChoice", "LayerFacts", "TokenSection", "check_plan",
+    "SCHEMA", "TENSOR_WORDS", "CompressionPlan", "LayerChoice", "LayerFacts", "TokenSection",
+    "check_plan",
 ]  # fmt: skip
 
 SCHEMA = 1
-_MAX_FLOAT32 = 3.4028234e38
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerFacts:
-    """What the plan needs to know of a layer.
-
-    Attributes:
-        kind: a `spec.formats.LayerKind`.
-        weight_shape: output channels first.
-        padding_mode: of a convolution; only "zeros" stays what it is when the input is quantized
-            and exported.
-    """
-
-    kind: str
-    weight_shape: tuple[int, ...]
-    padding_mode: str = "zeros"
-
-    def objection(self, format_name: str) -> str | None:
-        """Why the layer cannot take the format `format_name`, or None if it can."""
-        if format_name == FLOAT:
-            return None
-        if self.padding_mode != "zeros":
-            return f"{format_name} needs padding with zeros, the layer pads by {self.padding_mode}"
-        return FORMATS[format_name].objection(self.kind, self.weight_shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerChoice:
-    """The format of one layer.
-
-    Attributes:
-        format: a name in `spec.formats.FORMATS`, or "keep".
-        reason: why; for people.
-        input_amax: largest absolute input seen in calibration; sets the input scale. None where
-            the clips never reached the layer.
-        score: relative error of the enclosing block's output when this layer alone is in the
-            target's first format that it can take; None where it was not measured.
-    """
-
-    format: str
-    reason: str
-    input_amax: float | None = None
-    score: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, floats at six significant digits."""
-        data: dict[str, Any] = {"format": self.format}
-        if self.input_amax is not None:
-            data["input_amax"] = significant(self.input_amax)
-        if self.score is not None:
-            data["score"] = significant(self.score, 4)
-        return {**data, "reason": self.reason}
-
-    @classmethod
-    def from_dict(cls, data: Any, where: str) -> LayerChoice:
-        """Read one line of the section `quantize`."""
-        check_keys(
-            data, required=("format", "reason"), optional=("input_amax", "score"), where=where
-        )
-        known = (*FORMATS, FLOAT)
-        if data["format"] not in known:
-            message = (
-                f"{where}: unknown format {data['format']!r}; choose one of: {', '.join(known)}"
-                f"{strict_json.nearest(str(data['format']), known)}"
-            )
-            raise InputError(message)
-        if not isinstance(data["reason"], str):
-            message = f"{where}: reason must be a string, got {data['reason']!r}"
-            raise InputError(message)
-        for key in ("input_amax", "score"):
-            value = data.get(key)
-            if value is not None and (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not 0 <= value <= _MAX_FLOAT32
-            ):
-                message = f"{where}: {key} must be a number >= 0, got {value!r}; it is a float32"
-                raise InputError(message)
-        return cls(**data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +83,7 @@ class CompressionPlan:
         evidence: what the decisions rest on: calibration digest, number of clips, versions.
         quantize: the choice for every candidate layer, in model order.
         tokens: token merging, or None.
-        tensors: file beside the plan with calibrated tensors (smoothing scales) and its sha256,
+        tensors: file beside the plan with calibrated tensors (see `TENSOR_WORDS`) and its sha256,
             or None.
     """
 
@@ -259,8 +180,17 @@ def check_plan(
     layers: Mapping[str, LayerFacts],
     blocks: tuple[str, ...],
     weights_sha256: str,
+    parts: Mapping[str, Collection[str]] | None = None,
 ) -> None:
-    """Raise one `InputError` that lists everything in `plan` that does not fit the model."""
+    """Raise one `InputError` that lists everything in `plan` that does not fit the model.
+
+    Args:
+        plan: what is checked.
+        layers: of the model, by full name.
+        blocks: full names of the model's repeated blocks.
+        weights_sha256: of the model.
+        parts: what the tensors file has, by layer; None if it was not read.
+    """
     problems: list[str] = []
     if plan.model.get("weights_sha256") != weights_sha256:
         problems.append(
@@ -270,15 +200,9 @@ def check_plan(
     for name, choice in plan.quantize.items():
         if name not in layers:
             problems.append(f"quantize.{name}: no such layer{strict_json.nearest(name, layers)}")
-        elif choice.format != FLOAT:
-            objection = layers[name].objection(choice.format)
-            if objection:
-                problems.append(f"quantize.{name}: {objection}; choose another format or keep")
-            elif choice.input_amax is None:
-                problems.append(
-                    f"quantize.{name}: {choice.format} needs input_amax, which calibration did "
-                    "not see; use clips that reach the layer, or keep"
-                )
+            continue
+        have = None if parts is None else parts.get(name, ())
+        problems += [f"quantize.{name}: {text}" for text in misfits(choice, layers[name], have)]
     problems += [
         f"quantize: layer {name} is missing; add a line for it, at least with format keep"
         for name in layers

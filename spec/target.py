@@ -20,12 +20,15 @@ class Target:
             (`keep`) is the fallback.
         engine_sm: compute capabilities for which a TensorRT-RTX engine is built.
         hardware: for whom this target is, in one line.
+        searches: the formats of all layers are searched together under a budget; their order does
+            not matter then.
     """
 
     name: str
     formats: tuple[str, ...]
     engine_sm: tuple[str, ...]
     hardware: str
+    searches: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -40,6 +43,18 @@ TARGETS: dict[str, Target] = {
     "int8": Target(
         name="int8", formats=("int8", FLOAT), engine_sm=("120",),
         hardware="every NVIDIA GPU since Turing, and CPUs",
+    ),
+    "int4": Target(
+        name="int4", formats=("int4_g128", "int4_g64", "int4_g32", FLOAT), engine_sm=("120",),
+        hardware="NVIDIA GPUs where reading weights is what takes the time; inputs stay float",
+    ),
+    "mxfp8": Target(
+        name="mxfp8", formats=("mxfp8", FLOAT), engine_sm=("120",),
+        hardware="NVIDIA Blackwell: no calibrated ranges, all scales are dynamic",
+    ),
+    "mixed": Target(
+        name="mixed", formats=("nvfp4", "mxfp8", "fp8", "int8", FLOAT), engine_sm=("120",),
+        hardware="NVIDIA Blackwell: each layer gets what pays for it", searches=True,
     ),
 }  # fmt: skip
 

@@ -3,6 +3,8 @@
 What: one sign, two exponent and one mantissa bit: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives.
 Source: OCP Microscaling Formats v1.0 and FLOAT4E2M1 of ONNX; rounds like
 `ml_dtypes.float4_e2m1fn`, half to even, by arithmetic on the bits of float32 instead of a search.
+What we changed: a negative zero has the code of a positive one, as in modelopt's `NVFP4QTensor`;
+what is rounded to zero keeps its sign.
 """
 
 from __future__ import annotations
@@ -33,6 +35,10 @@ ELEMENT_VALUES = (
     -6.0,
 )
 LARGEST_ELEMENT = 6.0
+_EXPONENT_BITS = 0x7F800000
+_EXPONENT_OF_ONE = 127 << 23
+# 2^22 and six half steps of 1.
+_ROUNDER = 2.0**22 + 3.0
 
 
 def round_(scaled: torch.Tensor) -> torch.Tensor:
@@ -43,7 +49,9 @@ def round_(scaled: torch.Tensor) -> torch.Tensor:
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
     """Put pairs of four-bit `codes` (uint8 `[..., K]`, K even) into bytes `[..., K/2]`."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    # A copy is aligned, and two codes of it are one int16, the first in its lower byte.
+    pairs = codes.clone(memory_format=torch.contiguous_format).view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
@@ -52,12 +60,17 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 
 
 def encode(scaled: torch.Tensor) -> torch.Tensor:
-    """Four-bit codes, uint8, of finite float32 `scaled`, which is overwritten."""
-    sign = (scaled < 0).to(torch.uint8) << 3
-    # Twice an element is 0, 1, 2, 3, 4, 6, 8 or 12; the three terms give its code, 0 to 7.
-    twice = round_(scaled).abs_().mul_(2).to(torch.uint8)
-    codes = torch.minimum(torch.minimum(twice, (twice >> 1) + 2), (twice >> 2) + 4)
-    return codes | sign
+    """Four-bit codes, uint8, of finite contiguous float32 `scaled`, which is overwritten."""
+    # Adding zero makes negative zeros positive.
+    signs = scaled.add_(0.0).view(torch.int32) >> 28
+    magnitude = scaled.abs_().clamp_(max=LARGEST_ELEMENT)
+    steps = magnitude.view(torch.int32).bitwise_and(_EXPONENT_BITS).clamp_(min=_EXPONENT_OF_ONE)
+    # As in `rounding`, with 2^e the power of two at or below a magnitude, 1 or above: the sum is
+    # 2^(e + 22) and lower bits that count half steps, 2^(e - 1). A code is that count and 2 e.
+    sums = magnitude.add_(steps.view(torch.float32).mul_(_ROUNDER)).view(torch.int32)
+    # Bits from 22 on are 2 (e + 22 + 127), which is 2 e + 2 modulo 8; the rounder adds the 6.
+    codes = torch.add(sums, sums >> 22, out=sums).bitwise_and_(7)
+    return codes.bitwise_or_(signs.bitwise_and_(8)).to(torch.uint8)
 
 
 def decode(packed: torch.Tensor) -> torch.Tensor:

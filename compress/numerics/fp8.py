@@ -1,12 +1,14 @@
 """FP8: E4M3 floating-point numbers, W8A8.
 
 What: weight and input each have one float32 scale a tensor, amax / 448; a weight can have one an
-output channel instead.
+output channel instead, and an input a dynamic one a token, from the token itself.
 Source: Micikevicius et al., "FP8 Formats for Deep Learning" (https://arxiv.org/abs/2209.05433); the
 variant without infinities, float8_e4m3fn, as in ONNX QuantizeLinear with `saturate=1`.
-Outside the range: values beyond the calibrated amax saturate, infinities too; NaN stays NaN.
+Outside the range: values beyond the calibrated amax saturate, infinities too; NaN stays NaN. With
+dynamic scales magnitudes above 2^126 saturate there, infinities too (float16 cannot hold 2^126, so
+that an infinity stays one), and NaN makes its whole token NaN.
 
-Shapes: N output channels, the contraction is of any size.
+Shapes: N output channels, K channels of a token; the contraction is of any size.
 
 | stored | type | shape | bits a value |
 |---|---|---|---|
@@ -26,7 +28,7 @@ from vcompress.compress.numerics.rounding import round_mantissa_
 
 __all__ = [
     "LARGEST_CODE", "Fp8Weight", "dequantize", "fake_quantize_weight", "input_scale",
-    "quantize_dequantize", "quantize_weight", "weight_bits",
+    "quantize_dequantize", "quantize_dequantize_per_token", "quantize_weight", "weight_bits",
 ]  # fmt: skip
 
 LARGEST_CODE = 448.0
@@ -88,6 +90,29 @@ def quantize_dequantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 @quantize_dequantize.register_fake
 def _(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("vcompress::fp8_quantize_dequantize_per_token", mutates_args=())
+def quantize_dequantize_per_token(x: torch.Tensor) -> torch.Tensor:
+    """Round each token of `x` to what FP8 can hold with a scale of its own, amax / 448.
+
+    Args:
+        x: `[..., K]`, K any size, any floating-point type; the arithmetic is float32. The result
+            has its shape and type and is contiguous.
+    """
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    values = x.float().clamp(-operands.LARGEST_VALUE, operands.LARGEST_VALUE).contiguous()
+    scale = operands.weight_scale(values.abs().amax(-1, keepdim=True), LARGEST_CODE)
+    # The division can round up to the next number above the range.
+    scaled = values.div_(scale).clamp_(-LARGEST_CODE, LARGEST_CODE)
+    rounded = round_mantissa_(scaled, num_bits=3, smallest_normal=2.0**-6)
+    return rounded.mul_(scale).to(x.dtype)
+
+
+@quantize_dequantize_per_token.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("vcompress::fp8_dequantize", mutates_args=())

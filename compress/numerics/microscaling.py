@@ -22,7 +22,10 @@ import torch
 
 from vcompress.compress.numerics import operands
 
-__all__ = ["BLOCK_SIZE", "block_scale", "encode_scale", "quantize_dequantize", "weight_bits"]
+__all__ = [
+    "BLOCK_SIZE", "block_scale", "decode_scale", "encode_scale", "quantize_dequantize",
+    "weight_bits",
+]  # fmt: skip
 
 BLOCK_SIZE = 32
 _EXPONENT_BITS = 0x7F800000
@@ -44,6 +47,11 @@ def block_scale(blocks: torch.Tensor, largest_element: float) -> torch.Tensor:
 def encode_scale(scale: torch.Tensor) -> torch.Tensor:
     """float8_e8m0fnu of float32 powers of two: their exponents, where NaN has all bits set."""
     return (scale.view(torch.int32) >> _EXPONENT_SHIFT).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def decode_scale(scale: torch.Tensor) -> torch.Tensor:
+    """float32 values of float8_e8m0fnu `scale`, or of its bytes, uint8."""
+    return scale.view(torch.float8_e8m0fnu).float()
 
 
 def quantize_dequantize(

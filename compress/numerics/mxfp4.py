@@ -86,9 +86,12 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("vcompress::mxfp4_dequantize", mutates_args=())
 def dequantize(packed: torch.Tensor, block_scale: torch.Tensor) -> torch.Tensor:
-    """The float32 values `[N, K]` of a stored weight; arguments as in `Mxfp4Weight`."""
+    """The float32 values `[N, K]` of a stored weight.
+
+    The arguments are as in `Mxfp4Weight`; `block_scale` may be its bytes, uint8, as well.
+    """
     blocks = e2m1.decode(packed).view(*block_scale.shape, BLOCK_SIZE)
-    return blocks.mul_(block_scale.float().unsqueeze(-1)).flatten(-2)
+    return blocks.mul_(microscaling.decode_scale(block_scale).unsqueeze(-1)).flatten(-2)
 
 
 @dequantize.register_fake

@@ -14,16 +14,16 @@ import torch
 from vcompress.spec.errors import InputError
 
 __all__ = [
-    "LARGEST_VALUE", "SMALLEST_SCALE", "check_amax", "check_blocks", "check_matrix", "check_weight",
-    "input_scale", "weight_scale",
+    "LARGEST_VALUE", "SMALLEST_SCALE", "check_amax", "check_blocks", "check_matrix",
+    "check_matrix_shape", "check_weight", "input_scale", "largest_magnitude", "weight_scale",
 ]  # fmt: skip
 
 LARGEST_VALUE = 2.0**126
 SMALLEST_SCALE = 2.0**-100
 
 
-def check_weight(weight: torch.Tensor, name: str) -> torch.Tensor:
-    """Return `weight` as float32 if it can be quantized.
+def largest_magnitude(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the amax of `weight`, 0-dim float32, if it can be quantized; makes no copy of it.
 
     Args:
         weight: `[N, ...]`, output channels first, any floating-point type.
@@ -42,19 +42,34 @@ def check_weight(weight: torch.Tensor, name: str) -> torch.Tensor:
             f"{list(weight.shape)}; keep the layer as it is"
         )
         raise InputError(message)
-    weight = weight.detach().float()
+    # torch has no arithmetic for eight-bit floats.
+    values = weight.detach() if weight.itemsize > 1 else weight.detach().float()
+    smallest, largest = torch.aminmax(values)
+    amax = torch.maximum(largest, smallest.neg()).float()
     # A comparison with NaN is false, so one test finds NaN, infinities and huge values.
-    accepted = weight.abs() <= LARGEST_VALUE
-    if not bool(accepted.all()):
-        rejected = (~accepted).nonzero()
-        where = tuple(rejected[0].tolist())
-        message = (
-            f"{name} must be finite and at most 2^126 in magnitude; {len(rejected)} of "
-            f"{weight.numel()} values are not, the first is {weight[where].item()} at {where}; "
-            "repair the checkpoint"
-        )
-        raise InputError(message)
-    return weight
+    if not bool(amax <= LARGEST_VALUE):
+        raise InputError(_message_of_rejected(weight.detach().float(), name))
+    return amax
+
+
+def _message_of_rejected(weight: torch.Tensor, name: str) -> str:
+    rejected = (~(weight.abs() <= LARGEST_VALUE)).nonzero()
+    where = tuple(rejected[0].tolist())
+    return (
+        f"{name} must be finite and at most 2^126 in magnitude; {len(rejected)} of "
+        f"{weight.numel()} values are not, the first is {weight[where].item()} at {where}; "
+        "repair the checkpoint"
+    )
+
+
+def check_weight(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """Return `weight` as float32 if it can be quantized.
+
+    Raises:
+        InputError: see `largest_magnitude`.
+    """
+    largest_magnitude(weight, name)
+    return weight.detach().float()
 
 
 def check_blocks(size: int, block_size: int, format: str, what: str) -> None:
@@ -67,20 +82,25 @@ def check_blocks(size: int, block_size: int, format: str, what: str) -> None:
         raise InputError(message)
 
 
+def check_matrix_shape(shape: torch.Size, name: str, *, format: str, block_size: int) -> None:
+    """Raise `InputError` if `shape` is not `[N, K]` with K made of whole blocks."""
+    if len(shape) != 2:
+        message = (
+            f"{name} must have shape [N, K] for {format}, got {list(shape)}; use int8 or "
+            "fp8 for convolutions"
+        )
+        raise InputError(message)
+    check_blocks(shape[1], block_size, format, name)
+
+
 def check_matrix(weight: torch.Tensor, name: str, *, format: str, block_size: int) -> torch.Tensor:
     """Return `weight` `[N, K]` as float32 if `format` can hold it in blocks along K.
 
     Raises:
-        InputError: see `check_weight`; not two axes; K not divisible by `block_size`.
+        InputError: see `largest_magnitude`; not two axes; K not divisible by `block_size`.
     """
     weight = check_weight(weight, name)
-    if weight.ndim != 2:
-        message = (
-            f"{name} must have shape [N, K] for {format}, got {list(weight.shape)}; use int8 or "
-            "fp8 for convolutions"
-        )
-        raise InputError(message)
-    check_blocks(weight.shape[1], block_size, format, name)
+    check_matrix_shape(weight.shape, name, format=format, block_size=block_size)
     return weight
 
 

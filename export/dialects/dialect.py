@@ -22,13 +22,15 @@ class Dialect:
     Attributes:
         name: as in `export_onnx(dialect=...)`.
         opset: version of the default ONNX domain.
-        opset_with_nvfp4: the same for a graph with a layer in NVFP4.
+        newer_opsets: the same for a graph with a `vcompress` operator whose name begins so.
+        refused: format of a frozen layer that the runtimes cannot take -> why.
         translations: torch operator -> function that records its ONNX nodes.
         finish: changes the translated graph in place, before it is optimized.
     """
 
     name: str
     opset: int
-    opset_with_nvfp4: int
+    newer_opsets: Mapping[str, int]
+    refused: Mapping[str, str]
     translations: Mapping[Callable[..., Any], Translation]
     finish: Callable[[ir.Model], None]

@@ -2,7 +2,9 @@
 
 Quantized weights stay stored as they are, followed by a DequantizeLinear; inputs pass through
 QuantizeLinear and DequantizeLinear with zero points of zero, the pair that runtimes fuse into
-their kernels. Everything is float32 in between, whatever the model's type is.
+their kernels. Everything is float32 in between, whatever the model's type is. QuantizeLinear has no
+scale a token that is computed on the way, so such an input is divided by it, passes the pair with a
+scale of 1, and is multiplied again.
 
 Source: ONNX operators, opset 20 (https://onnx.ai/onnx/operators/). Not 21: ONNX
 Runtime 1.32 refuses some INT8 graphs of opset 21 while it optimizes them, because of the attribute
@@ -22,10 +24,13 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset20
 
-import vcompress.compress.numerics  # noqa: F401 - registers the operators
+from vcompress.compress.numerics import fp8, int8
+from vcompress.compress.numerics.operands import LARGEST_VALUE, SMALLEST_SCALE
 from vcompress.export.dialects.dialect import Translation
 
-__all__ = ["TRANSLATIONS", "as_float", "constant", "like", "op"]
+__all__ = [
+    "TRANSLATIONS", "as_float", "constant", "dynamic_scale", "like", "op", "saturated",
+]  # fmt: skip
 
 # Its annotations are for eager tensors; here it records nodes for symbolic values.
 op: Any = opset20
@@ -60,12 +65,40 @@ def _int8_dequantize(codes: Any, scale: Any, axis: int) -> Any:
     return op.DequantizeLinear(codes, scale, axis=axis)
 
 
+def dynamic_scale(values: Any, largest_code: float) -> Any:
+    """`numerics.operands.weight_scale` of the largest magnitudes along the last axis, kept as 1."""
+    amax = op.ReduceMax(op.Abs(values), constant([-1], np.int64), keepdims=1)
+    scale = op.Clip(op.Div(amax, constant(largest_code)), constant(SMALLEST_SCALE))
+    return op.Where(op.Equal(amax, constant(0)), constant(1), scale)
+
+
+def saturated(x: Any) -> Any:
+    """`x` as float32, at most as large as a dynamic scale can be made for."""
+    return op.Clip(as_float(x), constant(-LARGEST_VALUE), constant(LARGEST_VALUE))
+
+
+def _quantize_dequantize_per_token(x: Any, largest_code: float, code_type: Any) -> Any:
+    values = saturated(x)
+    scale = dynamic_scale(values, largest_code)
+    one, zero_point = constant(1), constant(0, code_type)
+    codes = op.QuantizeLinear(op.Div(values, scale), one, zero_point)
+    return like(op.Mul(op.DequantizeLinear(codes, one, zero_point), scale), x)
+
+
+def _int8_quantize_dequantize_per_token(x: Any) -> Any:
+    return _quantize_dequantize_per_token(x, int8.LARGEST_CODE, np.int8)
+
+
+def _fp8_quantize_dequantize_per_token(x: Any) -> Any:
+    return _quantize_dequantize_per_token(x, fp8.LARGEST_CODE, ml_dtypes.float8_e4m3fn)
+
+
 def _fp8_quantize_dequantize(x: Any, scale: Any) -> Any:
     return _quantize_dequantize(x, scale, 0, ml_dtypes.float8_e4m3fn)
 
 
 def _fp8_dequantize(codes: Any, scale: Any) -> Any:
-    return op.DequantizeLinear(codes, scale)
+    return op.DequantizeLinear(codes, scale, axis=0)
 
 
 def _convolution(
@@ -133,8 +166,14 @@ def _masked(scores: Any, mask: Any, example: Any) -> Any:
 
 TRANSLATIONS: dict[Callable[..., Any], Translation] = {
     torch.ops.vcompress.int8_quantize_dequantize.default: _int8_quantize_dequantize,
+    torch.ops.vcompress.int8_quantize_dequantize_per_token.default: (
+        _int8_quantize_dequantize_per_token
+    ),
     torch.ops.vcompress.int8_dequantize.default: _int8_dequantize,
     torch.ops.vcompress.fp8_quantize_dequantize.default: _fp8_quantize_dequantize,
+    torch.ops.vcompress.fp8_quantize_dequantize_per_token.default: (
+        _fp8_quantize_dequantize_per_token
+    ),
     torch.ops.vcompress.fp8_dequantize.default: _fp8_dequantize,
     torch.ops.aten.conv1d.default: _convolution,
     torch.ops.aten.conv2d.default: _convolution,

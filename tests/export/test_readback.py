@@ -228,3 +228,61 @@ def test_what_is_not_onnx(tmp_path: Path, content: bytes | None) -> None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"m\.onnx"):
         read_precision(path)
+
+
+def _set_block_size(graph: onnx.GraphProto, operator: str) -> None:
+    for node in graph.node:
+        if node.op_type == operator:
+            for attribute in node.attribute:
+                if attribute.name == "block_size":
+                    attribute.i = 16
+
+
+def _static_token_scale(graph: onnx.GraphProto) -> None:
+    """Multiply by a constant in place of the token's own scale."""
+    (product,) = [node for node in graph.node if node.op_type == "Mul"]
+    graph.initializer.append(numpy_helper.from_array(np.float32(2), "two"))
+    product.input[1] = "two"
+
+
+def _other_blocks(graph: onnx.GraphProto) -> None:
+    """Let the input be reshaped to blocks of 16; the file need not run."""
+    (scaled,) = [node for node in graph.node if node.op_type == "ReduceMax"]
+    (absolute,) = [node for node in graph.node if node.output[0] == scaled.input[0]]
+    (reshape,) = [node for node in graph.node if node.output[0] == absolute.input[0]]
+    sizes = numpy_helper.to_array(stored(graph, reshape.input[1])).copy()
+    sizes[-2:] = sizes[-2] * 2, 16
+    graph.initializer.append(numpy_helper.from_array(sizes, "sizes"))
+    reshape.input[1] = "sizes"
+
+
+@pytest.mark.parametrize(
+    ("format", "dialect", "edit", "expected"),
+    [
+        (
+            "mxfp8", "tensorrt", lambda graph: _set_block_size(graph, "TRT_MXFP8DynamicQuantize"),
+            ("mxfp8", "unknown"),
+        ),
+        (
+            "mxfp8", "tensorrt", lambda graph: _set_block_size(graph, "TRT_MXFP8DequantizeLinear"),
+            ("unknown", "unknown"),
+        ),
+        (
+            "int4_g64", "tensorrt", lambda graph: _set_block_size(graph, "DequantizeLinear"),
+            ("unknown", "float"),
+        ),
+        ("mxfp4", "portable", _other_blocks, ("mxfp4", "unknown")),
+        ("mxfp8", "portable", _other_blocks, ("mxfp8", "unknown")),
+        ("int8_token", "portable", _static_token_scale, ("int8", "float")),
+    ],
+)  # fmt: skip
+def test_a_changed_file_contradicts_the_plan(
+    tmp_path: Path, format: str, dialect: str, edit: Callable[[onnx.GraphProto], None],
+    expected: tuple[str, str],
+) -> None:  # fmt: skip
+    module = nn.Sequential(freeze(nn.Linear(64, 64), format, None))
+    export_onnx(module, torch.randn(2, 64), tmp_path / "whole.onnx", dialect=dialect)
+    assert read_precision(tmp_path / "whole.onnx").formats == {"0": format}
+    found = read_precision(edited(tmp_path / "whole.onnx", tmp_path / "m.onnx", edit))
+    assert (found.layers["0"].weight_format, found.layers["0"].input_format) == expected
+    assert found.formats["0"] != format

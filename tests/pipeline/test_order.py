@@ -125,6 +125,10 @@ def test_smoothquant_through_modelopt_is_stored_beside_the_plan(
     saved = save_plan(smooth, tensors, tmp_path / "plan.json")
     assert saved.tensors is not None
     loaded, loaded_tensors = read_plan(tmp_path / "plan.json")
+    named = {name for name, choice in loaded.quantize.items() if choice.tensors}
+    assert named
+    assert named <= set(loaded_tensors)
+    assert {choice.tensors for choice in loaded.quantize.values()} <= {(), ("input_smoothing",)}
     batch = torch.from_numpy(next(calibration.batches(16)))
     expected = model(batch)
     error = torch.linalg.vector_norm(apply_plan(model, loaded, loaded_tensors)(batch) - expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -42,13 +43,68 @@ def make_plan(**formats: str) -> CompressionPlan:
     )
 
 
-def check(plan: CompressionPlan) -> None:
-    check_plan(plan, layers=LAYERS, blocks=("blocks.0", "blocks.1"), weights_sha256=DIGEST)
+def line(**keys: object) -> dict[str, object]:
+    return {"quantize": {"patch": {"format": "int8", "reason": "", **keys}}}
+
+
+def check(plan: CompressionPlan, parts: dict[str, set[str]] | None = None) -> None:
+    check_plan(
+        plan, layers=LAYERS, blocks=("blocks.0", "blocks.1"), weights_sha256=DIGEST, parts=parts
+    )
+
+
+def with_line(plan: CompressionPlan, name: str, **keys: Any) -> CompressionPlan:
+    choice = dataclasses.replace(plan.quantize[name], **keys)
+    return dataclasses.replace(plan, quantize={**plan.quantize, name: choice})
 
 
 def test_a_plan_survives_its_file() -> None:
     plan = make_plan()
     assert CompressionPlan.from_dict(json.loads(plan.to_json())) == plan
+
+
+def test_rotation_and_tensors_survive_the_file() -> None:
+    words = ("input_smoothing", "low_rank", "weight")
+    plan = with_line(make_plan(), "blocks.0.fc", rotation=16, tensors=words)
+    text = plan.to_json()
+    assert '"rotation": 16, "tensors": ["input_smoothing", "low_rank", "weight"]' in text
+    assert CompressionPlan.from_dict(json.loads(text)) == plan
+    # A line without them does not mention them.
+    assert text.count("rotation") == 1
+
+
+def test_formats_with_dynamic_scales_need_no_range() -> None:
+    for format, fits in {"mxfp8": True, "int8_token": True, "nvfp4": False}.items():
+        plan = with_line(make_plan(), "blocks.0.fc", format=format, input_amax=None)
+        if fits:
+            check(plan)
+        else:
+            with pytest.raises(InputError, match="nvfp4 needs input_amax"):
+                check(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "problem"),
+    [
+        ("blocks.0.fc", {"rotation": 64}, "rotation 64 needs .* divisible by it, got linear with"),
+        ("patch", {"rotation": 16}, "rotation 16 needs a linear layer .*, got conv3d"),
+        ("patch", {"tensors": ("low_rank",)}, "low_rank is defined for linear layers, not conv3d"),
+        ("patch", {"tensors": ("bias",)}, "quantize.patch: the tensors file has no bias"),
+        ("blocks.0.fc", {"tensors": ("low_rank",)}, "file has no low_rank for this layer"),
+        ("blocks.1.fc", {"tensors": ("weight",)}, "file has no weight for this layer"),
+    ],
+)
+def test_rotation_and_tensors_must_fit_the_layer(
+    name: str, keys: dict[str, Any], problem: str
+) -> None:
+    parts = {"blocks.0.fc": {"low_rank_up", "weight_packed"}}
+    with pytest.raises(InputError, match=problem):
+        check(with_line(make_plan(), name, **keys), parts)
+
+
+def test_a_kept_layer_may_say_what_it_likes() -> None:
+    keys = {"format": "keep", "rotation": 64, "tensors": ("weight", "low_rank")}
+    check(with_line(make_plan(), "blocks.0.fc", **keys), {})
 
 
 def test_each_layer_is_one_line() -> None:
@@ -79,6 +135,13 @@ def test_floats_have_six_significant_digits() -> None:
             "input_amax must be a number >= 0, got -1",
         ),
         ({"tokens": {"technique": "x"}}, "tokens: missing key"),
+        (line(rotation=48), "rotation must be a power of two, at least 2, got 48"),
+        (line(rotation=True), "rotation must be a power of two, at least 2, got True"),
+        (line(rotation="16"), "rotation must be a power of two, at least 2, got '16'"),
+        (line(tensors="bias"), "tensors must be a list of words, got 'bias'"),
+        (line(tensors=["lowrank"]), "got 'lowrank'; did you mean 'low_rank'"),
+        (line(tensors=["bias", "bias"]), "different words out of .*, got 'bias'"),
+        (line(tensors=[["bias"]]), "different words out of"),
     ],
     ids=lambda value: str(value)[:30],
 )

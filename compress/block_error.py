@@ -1,7 +1,7 @@
-"""How much one layer's precision matters: measured, one layer at a time.
+"""How much one layer's precision matters to its block: measured, one layer at a time.
 
 The block that encloses a layer is run on real inputs twice, once as it is and once with this layer
-alone in the format; the score is the relative L2 error of the block's output. A layer outside all
+alone in its format; the score is the relative L2 error of the block's output. A layer outside all
 blocks (patch embedding, head) is judged by its own output. Only the block runs, so the cost is
 (layers per block) x (one pass through the blocks), not (layers) x (the model).
 
@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from vcompress.compress.frozen import freeze
 from vcompress.models.video import VideoModel, primary_output
 
-__all__ = ["measure_layer", "measure_sensitivity", "recorded_inputs", "replaced"]
+__all__ = [
+    "block_error", "measure_block_errors", "recorded_inputs", "replaced", "replaced_all",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,32 @@ class Call:
 
 @contextmanager
 def replaced(root: nn.Module, name: str, replacement: nn.Module) -> Iterator[None]:
-    """Put `replacement` in the place of the submodule `name` for a while."""
-    parent = root.get_submodule(name.rpartition(".")[0])
-    child = name.rpartition(".")[2]
+    """Put `replacement` in the place of the submodule `name` for a while.
+
+    A submodule that is used in several places has several names; it is replaced in all of them.
+    """
     original = root.get_submodule(name)
-    setattr(parent, child, replacement)
+    places = [
+        (root.get_submodule(place.rpartition(".")[0]), place.rpartition(".")[2])
+        for place, module in root.named_modules(remove_duplicate=False)
+        if module is original
+    ]
+    for parent, child in places:
+        setattr(parent, child, replacement)
     try:
         yield
     finally:
-        setattr(parent, child, original)
+        for parent, child in places:
+            setattr(parent, child, original)
+
+
+@contextmanager
+def replaced_all(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`replaced`, for several submodules at once."""
+    with ExitStack() as stack:
+        for name, replacement in replacements.items():
+            stack.enter_context(replaced(root, name, replacement))
+        yield
 
 
 def recorded_inputs(model: VideoModel, names: set[str], clips: torch.Tensor) -> dict[str, Call]:
@@ -73,21 +91,15 @@ def recorded_inputs(model: VideoModel, names: set[str], clips: torch.Tensor) -> 
     return calls
 
 
-@torch.inference_mode()
-def measure_layer(
-    model: VideoModel, name: str, format_name: str, input_amax: float, call: Call,
-    reference: torch.Tensor, smoothing: torch.Tensor | None = None,
-) -> float:  # fmt: skip
-    """Relative L2 error of the enclosing module's output with `name` alone in `format_name`.
+def block_error(
+    model: VideoModel, name: str, frozen: nn.Module, call: Call, reference: torch.Tensor
+) -> float:
+    """Relative L2 error of the enclosing module's output with `frozen` in the place of `name`.
 
     Args:
         call: recorded call of the enclosing block, or of the layer itself if there is none.
         reference: output of that call before quantization.
-        smoothing: the layer's input factors, if an algorithm calibrated some.
     """
-    frozen = freeze(
-        model.layer(name), format_name, input_amax, input_smoothing=smoothing, name=name
-    )
     scope = model.block_of(name)
     if scope is None:
         output = primary_output(frozen(*call.arguments, **call.keywords))
@@ -100,29 +112,25 @@ def measure_layer(
 
 
 @torch.inference_mode()
-def measure_sensitivity(
-    model: VideoModel, candidates: Mapping[str, str], input_amax: Mapping[str, float],
-    clips: torch.Tensor, smoothing: Mapping[str, torch.Tensor],
+def measure_block_errors(
+    model: VideoModel, frozen: Mapping[str, nn.Module], clips: torch.Tensor,
     on_layer: Callable[[int], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Scores of all `candidates` (layer -> format), by layer.
+    """The error that each of the `frozen` layers causes alone, by layer.
 
-    Layers that the clips did not reach get no score.
+    Layers that the clips did not reach have none.
     """
-    scopes = {name: model.block_of(name) or name for name in candidates}
+    scopes = {name: model.block_of(name) or name for name in frozen}
     calls = recorded_inputs(model, set(scopes.values()), clips)
     references = {
         scope: primary_output(model.layer(scope)(*call.arguments, **call.keywords))
         for scope, call in calls.items()
     }
-    scores: dict[str, float] = {}
-    for done, (name, format_name) in enumerate(candidates.items(), start=1):
+    errors: dict[str, float] = {}
+    for name, layer in frozen.items():
         scope = scopes[name]
-        if scope in calls and name in input_amax:
-            scores[name] = measure_layer(
-                model, name, format_name, input_amax[name], calls[scope], references[scope],
-                smoothing.get(name),
-            )  # fmt: skip
+        if scope in calls:
+            errors[name] = block_error(model, name, layer, calls[scope], references[scope])
         if on_layer is not None:
-            on_layer(done)
-    return scores
+            on_layer(1)
+    return errors

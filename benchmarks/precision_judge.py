@@ -1,0 +1,61 @@
+"""The judge of `benchmarks/precision.py`: every candidate runs on the same held-out clips."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from vcompress.benchmarks.zoo import BenchModel
+from vcompress.compress.losses import loss_of
+from vcompress.models.video import VideoModel
+from vcompress.validate.metrics import sqnr_db
+
+__all__ = ["Judge", "finite"]
+
+_BATCH_SIZE = 8
+
+
+class Judge:
+    """Compares models with the uncompressed one on the test clips of a benchmark model."""
+
+    def __init__(self, bench: BenchModel) -> None:
+        self._bench = bench
+        self._loss = loss_of(bench.model.task)
+        self._batches = [torch.from_numpy(batch) for batch in bench.test.batches(_BATCH_SIZE)]
+        self._reference = self._outputs(bench.model)
+
+    def facts(self) -> dict[str, Any]:
+        """What all candidates of the model have in common."""
+        name, value = self._metric(self._reference)
+        return {
+            "loss": self._loss.name,
+            "metric": name,
+            "baseline_metric": finite(value),
+            "num_clips": {
+                "calibration": len(self._bench.calibration),
+                "test": len(self._bench.test),
+            },
+        }
+
+    def judge(self, candidate: VideoModel) -> dict[str, float | None]:
+        """Loss, SQNR of the output in dB and task metric; None for what is not finite."""
+        output = self._outputs(candidate)
+        broken = not bool(output.isfinite().all())
+        return {
+            "loss": finite(float(self._loss.values(self._reference, output).double().mean())),
+            "sqnr_db": None if broken else finite(sqnr_db(self._reference, output)),
+            "metric": finite(self._metric(output)[1]),
+        }
+
+    def _outputs(self, model: VideoModel) -> torch.Tensor:
+        return torch.cat([model(batch) for batch in self._batches])
+
+    def _metric(self, output: torch.Tensor) -> tuple[str, float]:
+        return self._bench.task_metric(self._reference, output, self._bench.labels)
+
+
+def finite(value: float) -> float | None:
+    """Six significant digits; JSON has neither NaN nor infinities."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,0 +1,136 @@
+"""Which algorithm a layer gets: by name, or the best of a few; and never one that does harm.
+
+What: an answer is judged by the error of the layer's output on tokens that were not used to find
+it, against plain rounding on the same tokens. One that is worse, or not a number, is not used.
+`auto` tries a short list that way. Its order is that of cost at run time, and a costlier answer
+must be better by a margin: a rotation or smoothing that brings nothing is not paid for.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from vcompress.compress.algorithms.problem import (
+    LayerProblem,
+    Solution,
+    output_error,
+    split_tokens,
+)
+from vcompress.compress.algorithms.recipes import LARGEST, RECIPES, Recipe, cook
+from vcompress.compress.algorithms.rotation import sizes
+from vcompress.spec.errors import InputError
+from vcompress.spec.strict_json import nearest
+
+__all__ = ["ALGORITHMS", "guarded", "plain", "recipes_of", "solve"]
+
+ALGORITHMS = (*RECIPES, "auto")
+
+_AUTO = (
+    Recipe(rounding="gptq", bias=True, input_clip=True),
+    Recipe(smoothing="balanced", rounding="gptq", bias=True, input_clip=True),
+    Recipe(rotation=32, smoothing="balanced", rounding="gptq", bias=True, input_clip=True),
+    Recipe(rotation=LARGEST, smoothing="balanced", rounding="gptq", bias=True, input_clip=True),
+)
+_MARGIN = 0.98  # of the error of a cheaper answer
+
+
+@torch.no_grad()
+def solve(problem: LayerProblem, algorithm: str = "auto", *, seed: int = 0) -> Solution:
+    """The answer of `algorithm` to `problem`, or plain rounding if that is better.
+
+    Two thirds of the tokens are fitted, a third judges. The same arguments give the same answer.
+
+    Args:
+        algorithm: one of `ALGORITHMS`.
+        seed: which tokens are held out.
+
+    Raises:
+        InputError: an unknown algorithm; see `LayerProblem`.
+    """
+    if algorithm not in ALGORITHMS:
+        message = (
+            f"unknown algorithm {algorithm!r}{nearest(algorithm, ALGORITHMS)}; choose one of: "
+            f"{', '.join(ALGORITHMS)}"
+        )
+        raise InputError(message)
+    if algorithm == "max":
+        return plain(problem)
+    if not len(problem.inputs):
+        return plain(problem, note=f"{algorithm} needs calibration tokens, there are none")
+    fit, held_out = split_tokens(problem, seed)
+    if algorithm != "auto":
+        return guarded(problem, _cooked(fit, RECIPES[algorithm]), held_out)
+    best, best_error = None, math.inf
+    for recipe in _candidates(problem):
+        answer = _cooked(fit, recipe)
+        error = _error_or_nan(problem, answer, held_out)
+        if error < (_MARGIN * best_error if best is not None else math.inf):
+            best, best_error = answer, error
+    if best is None:
+        return plain(problem, note="no algorithm gave finite numbers; rounded to nearest")
+    return guarded(problem, best, held_out)
+
+
+def recipes_of(algorithm: str) -> tuple[Recipe, ...]:
+    """All that `algorithm`, one of `ALGORITHMS`, may do to a layer."""
+    return _AUTO if algorithm == "auto" else (RECIPES[algorithm],)
+
+
+def plain(problem: LayerProblem, *, note: str = "rounding to nearest") -> Solution:
+    """Rounding to nearest, with no calibrated tensors."""
+    return Solution(input_amax=problem.input_amax, note=note)
+
+
+@torch.no_grad()
+def guarded(problem: LayerProblem, candidate: Solution, held_out: torch.Tensor) -> Solution:
+    """`candidate`, or plain rounding if that has a smaller error on `held_out` `[T, K]`.
+
+    The note of what comes back has both errors. A candidate whose tensors do not fit the layer, or
+    hold NaN, counts as one whose error is not a number.
+    """
+    fallback = plain(problem)
+    plain_error = output_error(problem, fallback, held_out)
+    error = _error_or_nan(problem, candidate, held_out)
+    if error <= plain_error:
+        note = f"{candidate.note}: error {error:.3%} on held-out tokens, {plain_error:.3%} without"
+        return Solution(
+            rotation=candidate.rotation, tensors=candidate.tensors,
+            input_amax=candidate.input_amax, note=note,
+        )  # fmt: skip
+    outcome = f"error {error:.3%}" if math.isfinite(error) else "no finite output"
+    note = (
+        f"{candidate.note} not used: {outcome} on held-out tokens, {plain_error:.3%} by rounding "
+        "to nearest"
+    )
+    return plain(problem, note=note)
+
+
+def _candidates(problem: LayerProblem) -> list[Recipe]:
+    available = sizes(problem.num_channels)
+    return [
+        recipe
+        for recipe in _AUTO
+        # 32 is a second opinion only where something larger is tried as well.
+        if not (recipe.rotation == 32 and (32 not in available or available[-1] == 32))
+        and not (recipe.rotation == LARGEST and not available)
+    ]
+
+
+def _cooked(fit: LayerProblem, recipe: Recipe) -> Solution:
+    """What `recipe` gives, or an answer with NaN where its arithmetic fails."""
+    try:
+        return cook(fit, recipe)
+    except (LinAlgError, InputError) as error:
+        unusable = {"bias": torch.full((len(fit.weight),), math.nan)}
+        note = f"{recipe.describe(None)} ({str(error).splitlines()[0]})"
+        return Solution(tensors=unusable, input_amax=fit.input_amax, note=note)
+
+
+def _error_or_nan(problem: LayerProblem, candidate: Solution, held_out: torch.Tensor) -> float:
+    try:
+        return output_error(problem, candidate, held_out)
+    except InputError:
+        return math.nan

@@ -1,0 +1,264 @@
+"""Predict what every layer costs in every format, from a few gradients.
+
+What: quantizing one layer changes its output by d. To second order the loss (see `losses`) then
+grows by E[(g . d)^2], where g is the gradient of a probe with respect to this output. One forward
+pass, one backward pass a probe, and d for each format, which is the quantized layer run on the
+input that is there anyway, give the loss of all layers in all formats; brute force would run the
+whole model once for each pair.
+
+Source: the second-order view of OBD (LeCun et al., 1989) with the Fisher information as curvature,
+as in modelopt's `auto_quantize` and FIT (Zandonati et al., 2022, arXiv:2210.08502).
+What we changed: they take the gradient's squares and the error's squares apart, summed element by
+element, as if the errors of all tokens and channels were independent. They are not: rounding a
+weight moves every token alike. Here the inner product over a clip is taken first and squared
+afterwards, which is exact in all correlations within a layer. For the same reason the *sum* of the
+effects of several layers, squared, predicts their joint loss, interactions included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vcompress.compress.losses import TaskLoss
+from vcompress.models.video import VideoModel, primary_output
+
+__all__ = ["Effects", "predict_effects"]
+
+Candidates = Mapping[str, Mapping[str, nn.Module]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Effects:
+    """How far each layer in each format moves each probe.
+
+    Attributes:
+        moves: layer -> format -> float64 `[num_samples]`, a sample being a probe of a clip.
+        unreached: layers that the clips reach, but no gradient of the output does, or none that is
+            not zero (rounding, comparisons): nothing can be predicted there.
+    """
+
+    moves: Mapping[str, Mapping[str, torch.Tensor]]
+    unreached: tuple[str, ...]
+
+    def loss(self, layer: str, format_name: str) -> float:
+        """Predicted loss with `layer` alone in `format_name`."""
+        return float(self.moves[layer][format_name].square().mean())
+
+    def joint_loss(self, formats: Mapping[str, str]) -> float:
+        """Predicted loss with every layer of `formats` in its format; others stay as they are.
+
+        Layers of which nothing could be predicted are passed over.
+        """
+        moves = [self.moves.get(layer, {}).get(name) for layer, name in formats.items()]
+        present = [move for move in moves if move is not None]
+        return float(torch.stack(present).sum(0).square().mean()) if present else 0.0
+
+
+@dataclass
+class _Calls:
+    """What one forward pass left behind, by layer: every call's input and output."""
+
+    names: list[str] = field(default_factory=list)
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+
+def predict_effects(
+    model: VideoModel, candidates: Candidates, batches: Iterator[torch.Tensor], loss: TaskLoss, *,
+    num_probes: int, seed: int = 0, on_batch: Callable[[int], None] | None = None,
+) -> Effects:  # fmt: skip
+    """Run `batches` of clips through `model` and feel out all `candidates`.
+
+    Args:
+        candidates: layer -> format -> the frozen layer.
+        batches: clips `[b, *input_shape]`, at least one batch.
+        num_probes: backward passes a batch. More clips serve better than more probes; more probes
+            are cheaper where there are many formats.
+        seed: of the probes.
+        on_batch: told the number of clips that are done.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    moves: dict[str, dict[str, list[torch.Tensor]]] = {
+        layer: {name: [] for name in formats} for layer, formats in candidates.items()
+    }
+    seen: set[str] = set()
+    reached: set[str] = set()
+    for clips in batches:
+        # Many models work in place on what autograd has saved (`x += shortcut` after a ReLU).
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            calls, output = _run(model, candidates, clips)
+            alone = _alone(model, candidates, clips)
+            gradients = [
+                _gradients(output, loss.probe(output.detach(), generator), calls.outputs)
+                for _ in range(num_probes)
+            ]
+        sums: dict[tuple[str, str], torch.Tensor] = {}
+        with torch.inference_mode():
+            for index, name in enumerate(calls.names):
+                by_probe = [gradient[index] for gradient in gradients]
+                seen.add(name)
+                if not any(each is not None and bool(each.any()) for each in by_probe):
+                    continue
+                reached.add(name)
+                lone = alone.outputs[index] if alone.names == calls.names else None
+                layout = _layout(calls.outputs[index], lone, len(clips))
+                for format_name, frozen in candidates[name].items():
+                    change = frozen(calls.inputs[index]) - calls.outputs[index]
+                    step = torch.stack(
+                        [_per_clip(change, each, len(clips), layout) for each in by_probe]
+                    )
+                    key = name, format_name
+                    sums[key] = sums[key] + step if key in sums else step
+        for layer, formats in moves.items():
+            for format_name, samples in formats.items():
+                nothing = torch.zeros(num_probes, len(clips), dtype=torch.float64)
+                samples.append(sums.get((layer, format_name), nothing).flatten())
+        if on_batch is not None:
+            on_batch(len(clips))
+    return Effects(
+        moves={
+            layer: {name: torch.cat(samples) for name, samples in formats.items()}
+            for layer, formats in moves.items()
+            if layer in reached
+        },
+        unreached=tuple(name for name in candidates if name in seen and name not in reached),
+    )
+
+
+def _run(
+    model: VideoModel, candidates: Candidates, clips: torch.Tensor
+) -> tuple[_Calls, torch.Tensor]:
+    """Forward with gradients for the activations alone."""
+    calls = _Calls()
+    with torch.enable_grad(), _frozen_parameters(model.module), ExitStack() as hooks:
+        for name in candidates:
+            handle = model.layer(name).register_forward_hook(
+                _recorder(name, calls), with_kwargs=True
+            )
+            hooks.callback(handle.remove)
+        device = next(model.module.parameters()).device
+        return calls, primary_output(model.module(clips.to(device)))
+
+
+@torch.inference_mode()
+def _alone(model: VideoModel, candidates: Candidates, clips: torch.Tensor) -> _Calls:
+    """Names and outputs for the first clip without the others."""
+    calls = _Calls()
+    with ExitStack() as hooks:
+        for name in candidates:
+
+            def record(_layer: nn.Module, _inputs: Any, output: torch.Tensor, at: str = name) -> None:
+                calls.names.append(at)
+                calls.outputs.append(output.clone())
+
+            hooks.callback(model.layer(name).register_forward_hook(record).remove)
+        device = next(model.module.parameters()).device
+        model.module(clips[:1].to(device))
+    return calls
+
+
+def _recorder(name: str, calls: _Calls) -> Callable[..., torch.Tensor]:
+    def record(
+        _layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any],
+        output: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        if not output.requires_grad:
+            # A zero that wants a gradient: the graph starts here, and no weight is in it.
+            output = output + torch.zeros((), device=output.device, requires_grad=True)
+        calls.names.append(name)
+        # What follows may work in place on both.
+        calls.inputs.append((*arguments, *keywords.values())[0].detach().clone())
+        calls.outputs.append(output)
+        return output.clone()
+
+    return record
+
+
+@contextmanager
+def _frozen_parameters(module: nn.Module) -> Iterator[None]:
+    """No gradients for weights: they are not needed and cost as much as those of activations."""
+    wanting = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+
+
+def _gradients(
+    output: torch.Tensor, probe: torch.Tensor, inner: list[torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    # A part of the model may run without gradients.
+    wanting = [tensor for tensor in inner if tensor.requires_grad]
+    if not output.requires_grad or not wanting:
+        return (None,) * len(inner)
+    found = iter(
+        torch.autograd.grad(
+            output, wanting, probe.to(output.dtype), retain_graph=True, allow_unused=True
+        )
+    )
+    return tuple(next(found) if tensor.requires_grad else None for tensor in inner)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the clips are in a layer's output.
+
+    Attributes:
+        axis: along which there are more values the more clips there are.
+        interleaved: the first values of all clips come first; otherwise all of the first clip.
+    """
+
+    axis: int
+    interleaved: bool
+
+
+def _layout(output: torch.Tensor, alone: torch.Tensor | None, num_clips: int) -> _Layout | None:
+    """Where the clips are in `output`, of which `alone` is what the first gives alone.
+
+    A layer may see frames or windows as its batch, or have the tokens first. None where the clips
+    cannot be told apart.
+    """
+    if num_clips == 1:
+        return _Layout(0, interleaved=False)
+    if alone is None or alone.ndim != output.ndim:
+        return None
+    axes = [axis for axis in range(output.ndim) if output.shape[axis] != alone.shape[axis]]
+    if len(axes) != 1 or output.shape[axes[0]] != num_clips * alone.shape[axes[0]]:
+        return None
+    rows, first = output.detach().movedim(axes[0], 0), alone.movedim(axes[0], 0)
+    tolerance = 1e-3 * float(first.abs().max()) if first.numel() else 0.0
+    for interleaved, part in ((False, rows[: len(first)]), (True, rows[::num_clips])):
+        if torch.allclose(part, first, rtol=0, atol=tolerance):
+            return _Layout(axes[0], interleaved)
+    return None
+
+
+def _per_clip(
+    change: torch.Tensor, gradient: torch.Tensor | None, num_clips: int, layout: _Layout | None
+) -> torch.Tensor:
+    """Inner products `[num_clips]`, float64.
+
+    Where clips cannot be told apart the whole sum goes to the first: probes of different clips are
+    independent, so that the square of the sum has the right mean.
+    """
+    result = torch.zeros(num_clips, dtype=torch.float64)
+    if gradient is None:
+        return result
+    product = change * gradient
+    if layout is None:
+        result[0] = product.sum(dtype=torch.float64)
+        return result
+    rows = product.movedim(layout.axis, 0)
+    rows = rows.reshape(len(rows), -1).sum(1, dtype=torch.float64).cpu()
+    if layout.interleaved:
+        return rows.view(-1, num_clips).sum(0)
+    return rows.view(num_clips, -1).sum(1)

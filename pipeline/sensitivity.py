@@ -1,0 +1,181 @@
+"""What each layer costs in each format: predicted in seconds, measured where asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vcompress.calib.clips import Clips
+from vcompress.calib.observe import observe
+from vcompress.compress.agreement import Agreement, compare_sensitivities
+from vcompress.compress.brute_force import measure_losses, reference_outputs
+from vcompress.compress.mixed import NUM_PREDICTION_CLIPS, NUM_PROBES
+from vcompress.compress.precision_search import (
+    PrecisionSearch,
+    batches_of,
+    freeze_candidates,
+    predict_sensitivities,
+)
+from vcompress.models.load import LoadOptions
+from vcompress.models.video import VideoModel
+from vcompress.pipeline.order import open_model_and_clips
+from vcompress.pipeline.run import Options, Progress, Recorded, Silent
+from vcompress.spec.errors import InputError, MissingCapabilityError
+from vcompress.spec.formats import FLOAT, FORMATS
+from vcompress.spec.strict_json import nearest
+from vcompress.spec.target import find_target
+from vcompress.validate.sensitivity_plot import plot_sensitivities
+
+__all__ = ["SensitivityTable", "measure_sensitivity", "sensitivity"]
+
+_REGRET_BITS = 5.5
+_REGRET_MARGIN_BITS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityTable:
+    """Losses by layer and format.
+
+    Attributes:
+        model: its name.
+        loss: in which the costs are, see `compress.losses`.
+        kinds: layer -> kind.
+        predicted: layer -> format -> loss with this layer alone in this format.
+        measured: the same by brute force, where asked for.
+        agreement: of the two.
+        unreached: layers that the clips did not reach.
+        seconds: wall time of calibration, prediction and brute force.
+    """
+
+    model: str
+    loss: str
+    kinds: Mapping[str, str]
+    predicted: Mapping[str, Mapping[str, float]]
+    measured: Mapping[str, Mapping[str, float]] | None
+    agreement: Agreement | None
+    unreached: tuple[str, ...]
+    num_clips: Mapping[str, int]
+    seconds: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"schema": 1, "command": "sensitivity", **asdict(self)}
+
+
+def sensitivity(
+    source: str | VideoModel, *, options: Options, formats: tuple[str, ...] | None = None,
+    check: bool = False, plot: Path | None = None, load: LoadOptions | None = None,
+    progress: Progress | None = None,
+) -> SensitivityTable:  # fmt: skip
+    """Predict what each layer costs in each format.
+
+    Args:
+        formats: instead of those of `options.target`.
+        check: measure the same by brute force, and compare.
+        plot: PNG to draw the predictions into; without matplotlib there is a warning instead.
+
+    Raises:
+        InputError: the model, the clips or a format is wrong.
+    """
+    recorded = Recorded(progress or Silent())
+    wanted = _wanted(formats, options.target)
+    if plot is not None and not plot.absolute().parent.is_dir():
+        message = f"{plot}: no such folder to write the plot to; choose another --output"
+        raise InputError(message)
+    model, clips = open_model_and_clips(source, options, load, recorded)
+    table = measure_sensitivity(
+        model, clips.calibration, wanted, check=check, seed=options.seed, progress=recorded
+    )
+    if plot is not None:
+        _draw(model.name, table.loss, table.predicted, plot, recorded)
+    return table
+
+
+def measure_sensitivity(
+    model: VideoModel, calibration: Clips, formats: tuple[str, ...], *, check: bool, seed: int,
+    progress: Progress,
+) -> SensitivityTable:  # fmt: skip
+    """`sensitivity`, for a model and clips that are open already.
+
+    Args:
+        formats: names in `spec.formats.FORMATS`.
+        check: measure the same by brute force, and compare.
+    """
+    started = time.perf_counter()
+    layers = {name: model.layer(name) for name in model.layers}
+    with progress.stage("calibrate", len(calibration)) as advance:
+        stats = observe(
+            model, layers, calibration, needs=frozenset({"input_amax"}), on_batch=advance
+        )
+    calibrated = time.perf_counter()
+    with progress.stage("predict", NUM_PREDICTION_CLIPS) as advance:
+        candidates = freeze_candidates(model, formats, stats.input_amax)
+        found = predict_sensitivities(
+            model, candidates, calibration, num_clips=NUM_PREDICTION_CLIPS,
+            num_probes=NUM_PROBES, seed=seed, on_batch=advance,
+        )  # fmt: skip
+        predicted = {
+            layer: {name: found.of(layer, name) or 0.0 for name in frozen}
+            for layer, frozen in candidates.items()
+        }
+    seconds = {"calibrate": calibrated - started, "predict": time.perf_counter() - calibrated}
+    measured, agreement = None, None
+    if check:
+        batches = batches_of(calibration, len(calibration))
+        begun = time.perf_counter()
+        with progress.stage("brute force", sum(map(len, candidates.values()))) as advance:
+            measured = measure_losses(
+                model, candidates, batches, reference_outputs(model, batches), found.loss,
+                on_pair=advance,
+            )  # fmt: skip
+        seconds["brute_force"] = time.perf_counter() - begun
+        search = PrecisionSearch(model, candidates, found)
+        agreement = compare_sensitivities(
+            predicted, measured, search.groups, search.num_weights, _regret_bits(search)
+        )
+    return SensitivityTable(
+        model=model.name,
+        loss=found.loss.name,
+        kinds={name: model.layers[name].kind for name in predicted},
+        predicted=predicted,
+        measured=measured,
+        agreement=agreement,
+        unreached=tuple(name for name in model.layers if name not in candidates),
+        num_clips={"calibration": len(calibration), "prediction": found.num_clips},
+        seconds=seconds,
+    )
+
+
+def _regret_bits(search: PrecisionSearch) -> float:
+    """Where plans are compared: some layers can have more than their fewest bits there."""
+    fewest = search.fewest_bits / search.num_weights
+    return max(_REGRET_BITS, round(fewest + _REGRET_MARGIN_BITS, 2))
+
+
+def _wanted(formats: tuple[str, ...] | None, target: str) -> tuple[str, ...]:
+    if formats is None:
+        return tuple(name for name in find_target(target).formats if name != FLOAT)
+    for name in formats:
+        if name not in FORMATS:
+            message = (
+                f"unknown format {name!r}{nearest(name, FORMATS)}; choose from: "
+                f"{', '.join(FORMATS)}"
+            )
+            raise InputError(message)
+    return formats
+
+
+def _draw(
+    name: str, loss: str, predicted: Mapping[str, Mapping[str, float]], path: Path,
+    progress: Progress,
+) -> None:  # fmt: skip
+    try:
+        plot_sensitivities(predicted, loss, f"{name}: sensitivity of each layer", path)
+    except MissingCapabilityError as error:
+        progress.warn(str(error))
+    except OSError as error:
+        message = f"{path} cannot be written: {error.strerror or error}; choose another --output"
+        raise InputError(message) from error

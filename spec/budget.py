@@ -1,0 +1,25 @@
+"""What a mixed-precision plan is searched under."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Budget", "BudgetKind"]
+
+BudgetKind = Literal["effective_bits", "weight_bytes", "drop_points", "sqnr_db"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit: of cost, under which the loss is made small, or of quality, under which the size is.
+
+    Attributes:
+        kind: "effective_bits" a weight, on average over the layers that are decided;
+            "weight_bytes" of the whole model; "drop_points" of top-1; "sqnr_db" of the outputs, at
+            least.
+        limit: in the unit that the kind names.
+    """
+
+    kind: BudgetKind
+    limit: float
