@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vcompress.models.load import LoadOptions, load_model, wrap_module
-    from vcompress.pipeline import Options, Outcome, apply, apply_plan, make_plan, quantize
+    from vcompress.pipeline import (
+        Options,
+        Outcome,
+        apply,
+        apply_plan,
+        make_plan,
+        quantize,
+        sensitivity,
+    )
     from vcompress.pipeline.revalidate import validate as validate_artifact
     from vcompress.spec.artifact import Artifact
     from vcompress.spec.plan import CompressionPlan
@@ -24,7 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Artifact", "CompressionPlan", "LoadOptions", "Options", "Outcome", "apply", "apply_plan",
-    "load_model", "make_plan", "quantize", "validate_artifact", "wrap_module",
+    "load_model", "make_plan", "quantize", "sensitivity", "validate_artifact", "wrap_module",
 ]  # fmt: skip
 
 _HOMES = {
@@ -38,6 +46,7 @@ _HOMES = {
     "load_model": "vcompress.models.load:load_model",
     "make_plan": "vcompress.pipeline:make_plan",
     "quantize": "vcompress.pipeline:quantize",
+    "sensitivity": "vcompress.pipeline:sensitivity",
     "validate_artifact": "vcompress.pipeline.revalidate:validate",
     "wrap_module": "vcompress.models.load:wrap_module",
 }

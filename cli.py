@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,7 +142,8 @@ def sensitivity(
     load = _load_options(values)
     table = pipeline.sensitivity(
         model, options=pipeline.Options(**values), check=check, load=load, progress=console,
-        formats=None if formats is None else tuple(formats.split(",")), plot=output,
+        formats=None if formats is None else tuple(re.split(r"\s*,\s*", formats.strip())),
+        plot=output,
     )  # fmt: skip
     console.sensitivity(table, output)
 

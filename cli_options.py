@@ -44,7 +44,7 @@ class _Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """`value` in bytes."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+        found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
         unit = self._UNITS.get(found.group(2).upper()) if found else None
         if found is None or unit is None:
             self.fail(f"{value!r} is not a size such as 12MB, 12MiB or 12000000", param, ctx)

@@ -131,7 +131,9 @@ class Console:
             f"{table.num_clips['prediction']} clips in {table.seconds['predict']:.1f} s"
         ))  # fmt: skip
         shown = _table(("layer", "kind", *formats), right=range(2, 2 + len(formats)))
-        ordered = sorted(table.predicted, key=lambda name: -max(table.predicted[name].values()))
+        ordered = sorted(
+            table.predicted, key=lambda name: -max(table.predicted[name].values(), default=0.0)
+        )
         for name in ordered:
             row = table.predicted[name]
             cells = (f"{row[each]:.2e}" if each in row else "-" for each in formats)

@@ -28,8 +28,6 @@ class Agreement:
             predicted most sensitive fifth.
         regret: measured loss of the plan from predictions over that of the plan from
             measurements, less one; both as sums over layers, at `regret_bits` effective bits.
-        regret_bits: what was asked for, or half way between the fewest and the most that the
-            formats allow, where the fewest are above it.
         num_pairs: that were compared.
     """
 
@@ -63,7 +61,6 @@ def compare_sensitivities(
         for name in dict.fromkeys(name for _, name in pairs)
     }
     top = max(1, round(_TOP_SHARE * len(pairs)))
-    bits = _possible(bits, groups, num_weights)
     return Agreement(
         spearman=_spearman(ours, truth),
         spearman_by_format=by_format,
@@ -87,14 +84,6 @@ def _finite(losses: Sequence[float]) -> list[float]:
     """`losses`, with NaN and infinity above all others."""
     worst = 2 * max((loss for loss in losses if math.isfinite(loss)), default=0.0) + 1.0
     return [loss if math.isfinite(loss) else worst for loss in losses]
-
-
-def _possible(bits: float, groups: Sequence[Group], num_weights: int) -> float:
-    fewest = sum(min(option.cost for option in group.options) for group in groups)
-    most = sum(max(option.cost for option in group.options) for group in groups)
-    if fewest <= bits * num_weights or num_weights == 0:
-        return bits
-    return (fewest + most) / 2 / num_weights
 
 
 def _largest(values: Sequence[float], count: int) -> set[int]:

@@ -56,7 +56,9 @@ def calibrate_layers(
     amax = context.stats.input_amax
     chosen = {name: each for name, each in formats.items() if each != FLOAT and name in amax}
     solutions = {name: Solution(input_amax=amax[name], note="") for name in chosen}
-    treated = {name: each for name, each in chosen.items() if _wanted(model, name, each, context.algorithm)}
+    treated = {
+        name: each for name, each in chosen.items() if _wanted(model, name, each, context.algorithm)
+    }
     if context.algorithm == "max" or not treated:
         return solutions
     inputs = _samples(model, list(treated), context)

@@ -90,10 +90,10 @@ def predict_effects(
     seen: set[str] = set()
     reached: set[str] = set()
     for clips in batches:
+        alone = _alone(model, candidates, clips)
         # Many models work in place on what autograd has saved (`x += shortcut` after a ReLU).
         with torch.autograd.graph.allow_mutation_on_saved_tensors():
             calls, output = _run(model, candidates, clips)
-            alone = _alone(model, candidates, clips)
             gradients = [
                 _gradients(output, loss.probe(output.detach(), generator), calls.outputs)
                 for _ in range(num_probes)
@@ -153,7 +153,9 @@ def _alone(model: VideoModel, candidates: Candidates, clips: torch.Tensor) -> _C
     with ExitStack() as hooks:
         for name in candidates:
 
-            def record(_layer: nn.Module, _inputs: Any, output: torch.Tensor, at: str = name) -> None:
+            def record(
+                _layer: nn.Module, _inputs: Any, output: torch.Tensor, at: str = name
+            ) -> None:
                 calls.names.append(at)
                 calls.outputs.append(output.clone())
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from vcompress.compress.algorithms.problem import Solution
 from vcompress.compress.block_error import measure_block_errors
 from vcompress.compress.calibration import calibrate_layers, freeze_solutions, without_harm
 from vcompress.compress.context import PlanContext
 from vcompress.compress.mixed import find_formats
 from vcompress.compress.quantize import candidate_formats, choose
-from vcompress.compress.tensors import ModelTensors, words
+from vcompress.compress.tensors import WEIGHT_PREFIX, ModelTensors, words
 from vcompress.models.video import VideoModel
-from vcompress.spec.formats import FLOAT
+from vcompress.spec.formats import FLOAT, FORMATS
 from vcompress.spec.plan import LayerChoice
 
 __all__ = ["PrecisionPlan", "plan_precision"]
@@ -82,8 +84,32 @@ def _searched(model: VideoModel, context: PlanContext) -> PrecisionPlan:
         else LayerChoice(format=FLOAT, reason="no calibration clip reached this layer")
         for name in model.layers
     }  # fmt: skip
-    evidence = {"search": found.evidence, **({} if compared is None else {"calibration": compared})}
+    bits = _effective_bits(model, found.formats, solutions)
+    search = {**found.evidence, "effective_bits": round(bits, 4)}
+    evidence = {"search": search, **({} if compared is None else {"calibration": compared})}
     return _made(choices, solutions, evidence)
+
+
+def _effective_bits(
+    model: VideoModel, formats: Mapping[str, str], solutions: Mapping[str, Solution]
+) -> float:
+    """Bits a weight over the layers of `formats`, with all that calibration added to them."""
+    bits, count = 0, 0
+    for name, format_name in formats.items():
+        weight, bias = model.layer(name).weight, model.layer(name).bias
+        assert isinstance(weight, torch.Tensor)
+        count += weight.numel()
+        if format_name == FLOAT:
+            bits += 8 * weight.numel() * weight.element_size()
+            continue
+        added = [
+            tensor
+            for part, tensor in solutions[name].tensors.items()
+            if not part.startswith(WEIGHT_PREFIX) and not (part == "bias" and bias is not None)
+        ]
+        bits += FORMATS[format_name].weight_bits(tuple(weight.shape))
+        bits += sum(8 * tensor.numel() * tensor.element_size() for tensor in added)
+    return bits / max(1, count)
 
 
 def _made(

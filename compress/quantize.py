@@ -57,7 +57,9 @@ def _choose_one(
     if input_amax is None:
         return replace(choice, reason="no calibration clip reached this layer")
     shape_note = "" if objection is None else f"{objection}; "
-    assert score is not None
+    if score is None:
+        reason = "the clips that errors are measured on do not reach this layer, others do"
+        return replace(choice, reason=reason)
     if score <= max_layer_error:
         reason = f"{shape_note}error {score:.2%} within {max_layer_error:.2%}"
         return replace(choice, format=first, reason=reason)

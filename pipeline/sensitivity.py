@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -43,10 +44,11 @@ class SensitivityTable:
         model: its name.
         loss: in which the costs are, see `compress.losses`.
         kinds: layer -> kind.
-        predicted: layer -> format -> loss with this layer alone in this format.
+        predicted: layer -> format -> loss with this layer alone in this format. Empty for layers
+            that can have none of the formats.
         measured: the same by brute force, where asked for.
         agreement: of the two.
-        unreached: layers that the clips did not reach.
+        unreached: layers that the clips did not reach, or not those for the prediction.
         seconds: wall time of calibration, prediction and brute force.
     """
 
@@ -61,8 +63,15 @@ class SensitivityTable:
     seconds: Mapping[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"schema": 1, "command": "sensitivity", **asdict(self)}
+        """Plain data; None where a loss is not finite."""
+        plain: dict[str, Any] = _finite(asdict(self))
+        return {"schema": 1, "command": "sensitivity", **plain}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sensitivity(
@@ -82,7 +91,7 @@ def sensitivity(
     """
     recorded = Recorded(progress or Silent())
     wanted = _wanted(formats, options.target)
-    if plot is not None and not plot.absolute().parent.is_dir():
+    if plot is not None and (plot.is_dir() or not plot.absolute().parent.is_dir()):
         message = f"{plot}: no such folder to write the plot to; choose another --output"
         raise InputError(message)
     model, clips = open_model_and_clips(source, options, load, recorded)
@@ -118,7 +127,7 @@ def measure_sensitivity(
             num_probes=NUM_PROBES, seed=seed, on_batch=advance,
         )  # fmt: skip
         predicted = {
-            layer: {name: found.of(layer, name) or 0.0 for name in frozen}
+            layer: {name: loss for name in frozen if (loss := found.of(layer, name)) is not None}
             for layer, frozen in candidates.items()
         }
     seconds = {"calibrate": calibrated - started, "predict": time.perf_counter() - calibrated}
@@ -143,7 +152,11 @@ def measure_sensitivity(
         predicted=predicted,
         measured=measured,
         agreement=agreement,
-        unreached=tuple(name for name in model.layers if name not in candidates),
+        unreached=tuple(
+            name
+            for name in model.layers
+            if name not in candidates or (candidates[name] and not predicted[name])
+        ),
         num_clips={"calibration": len(calibration), "prediction": found.num_clips},
         seconds=seconds,
     )
@@ -151,7 +164,7 @@ def measure_sensitivity(
 
 def _regret_bits(search: PrecisionSearch) -> float:
     """Where plans are compared: some layers can have more than their fewest bits there."""
-    fewest = search.fewest_bits / search.num_weights
+    fewest = search.fewest_bits / max(1, search.num_weights)
     return max(_REGRET_BITS, round(fewest + _REGRET_MARGIN_BITS, 2))
 
 

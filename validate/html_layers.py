@@ -44,7 +44,8 @@ def shorten(text: str, limit: int) -> str:
 
 
 def _look(name: str) -> tuple[str, str]:
-    return _LOOKS.get(name, ("other", name[:2]))
+    # `int8_token` and `int4_g128` look like the format that they are a variant of.
+    return _LOOKS.get(name.partition("_")[0], ("other", name[:2]))
 
 
 def layer_view(report: Report) -> dict[str, Any]:
