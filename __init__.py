@@ -15,16 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vcompress.models.load import LoadOptions, load_model, wrap_module
-    from vcompress.pipeline import (
-        Options,
-        Outcome,
-        apply,
-        apply_plan,
-        make_plan,
-        quantize,
-        sensitivity,
-    )
+    from vcompress.pipeline import Options, Outcome, apply, apply_plan, make_plan, quantize
     from vcompress.pipeline.revalidate import validate as validate_artifact
+    from vcompress.pipeline.sensitivity import sensitivity
     from vcompress.spec.artifact import Artifact
     from vcompress.spec.plan import CompressionPlan
 

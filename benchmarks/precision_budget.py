@@ -35,7 +35,7 @@ from vcompress.benchmarks.peers.modelopt_auto import (
     to_plan,
 )
 from vcompress.benchmarks.peers.modelopt_setup import BITS, Method, modelopt
-from vcompress.benchmarks.precision_judge import Judge, finite
+from vcompress.benchmarks.precision_judge import Judge, finite, warm_up
 from vcompress.benchmarks.zoo import BenchModel
 from vcompress.calib.observe import observe
 from vcompress.calib.stats import Stats
@@ -79,6 +79,7 @@ class _Ours:
 
 def _prepare(bench: BenchModel, seed: int) -> _Ours:
     model, clips = bench.model, bench.calibration
+    warm_up()
     times = [time.perf_counter()]
     layers = {name: model.layer(name) for name in model.layers}
     stats = observe(model, layers, clips, needs=frozenset({"input_amax"}), batch_size=_BATCH_SIZE)

@@ -9,10 +9,11 @@ import torch
 
 from vcompress.benchmarks.zoo import BenchModel
 from vcompress.compress.losses import loss_of
+from vcompress.compress.numerics import int8
 from vcompress.models.video import VideoModel
 from vcompress.validate.metrics import sqnr_db
 
-__all__ = ["Judge", "finite"]
+__all__ = ["Judge", "finite", "warm_up"]
 
 _BATCH_SIZE = 8
 
@@ -59,3 +60,8 @@ class Judge:
 def finite(value: float) -> float | None:
     """Six significant digits; JSON has neither NaN nor infinities."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def warm_up() -> None:
+    """Call one of our operators: torch imports its compiler then, once, for seconds."""
+    int8.quantize_dequantize(torch.ones(1, 2), int8.input_scale(1.0), 0)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from vcompress.benchmarks.precision_judge import finite
+from vcompress.benchmarks.precision_judge import finite, warm_up
 from vcompress.benchmarks.zoo import BenchModel
 from vcompress.compress.mixed import NUM_PROBES
 from vcompress.pipeline.run import Silent
@@ -23,6 +23,7 @@ def measure(bench: BenchModel, *, seed: int) -> dict[str, Any]:
     Brute force takes all calibration clips, the prediction as few as it does in the product; the
     seconds of the prediction include those of freezing all candidates, which both need.
     """
+    warm_up()
     found = measure_sensitivity(
         bench.model, bench.calibration, FORMATS, check=True, seed=seed, progress=Silent()
     )

@@ -186,7 +186,7 @@ def without_harm(
         )
         for name, solution in solutions.items()
     }  # fmt: skip
-    changed = any(solution.tensors or solution.rotation for solution in solutions.values())
+    changed = {name for name, each in solutions.items() if each.tensors or each.rotation}
     if not changed:
         return solutions, None
     batches = batches_of(context.calibration, _NUM_COMPARISON_CLIPS)
@@ -203,4 +203,8 @@ def without_harm(
         return solutions, compared
     context.warn(f"{compared}: every layer is rounded plainly")
     note = f"{context.algorithm} not used: the whole model is worse with it"
-    return {name: replace(each, note=note) for name, each in rounded.items()}, compared
+    dropped = {
+        name: replace(each, note=note) if name in changed else each
+        for name, each in rounded.items()
+    }
+    return dropped, compared

@@ -89,29 +89,23 @@ def predict_effects(
     }
     seen: set[str] = set()
     reached: set[str] = set()
+    layouts: list[_Layout | None] | None = None
     for clips in batches:
-        alone = _alone(model, candidates, clips)
-        # Many models work in place on what autograd has saved (`x += shortcut` after a ReLU).
-        with torch.autograd.graph.allow_mutation_on_saved_tensors():
-            calls, output = _run(model, candidates, clips)
-            gradients = [
-                _gradients(output, loss.probe(output.detach(), generator), calls.outputs)
-                for _ in range(num_probes)
-            ]
+        calls, gradients = _feel(model, candidates, clips, loss, num_probes, generator)
+        if layouts is None or len(layouts) != len(calls.names):
+            layouts = _layouts(model, candidates, clips, calls)
+        seen.update(calls.names)
         sums: dict[tuple[str, str], torch.Tensor] = {}
         with torch.inference_mode():
             for index, name in enumerate(calls.names):
                 by_probe = [gradient[index] for gradient in gradients]
-                seen.add(name)
                 if not any(each is not None and bool(each.any()) for each in by_probe):
                     continue
                 reached.add(name)
-                lone = alone.outputs[index] if alone.names == calls.names else None
-                layout = _layout(calls.outputs[index], lone, len(clips))
                 for format_name, frozen in candidates[name].items():
                     change = frozen(calls.inputs[index]) - calls.outputs[index]
                     step = torch.stack(
-                        [_per_clip(change, each, len(clips), layout) for each in by_probe]
+                        [_per_clip(change, each, len(clips), layouts[index]) for each in by_probe]
                     )
                     key = name, format_name
                     sums[key] = sums[key] + step if key in sums else step
@@ -131,6 +125,28 @@ def predict_effects(
     )
 
 
+def _feel(
+    model: VideoModel, candidates: Candidates, clips: torch.Tensor, loss: TaskLoss,
+    num_probes: int, generator: torch.Generator,
+) -> tuple[_Calls, list[tuple[torch.Tensor | None, ...]]]:  # fmt: skip
+    """What the layers saw of `clips`, and the gradients of each probe for their outputs."""
+
+    def attempt() -> tuple[_Calls, list[tuple[torch.Tensor | None, ...]]]:
+        calls, output = _run(model, candidates, clips)
+        probes = [loss.probe(output.detach(), generator) for _ in range(num_probes)]
+        return calls, [_gradients(output, probe, calls.outputs) for probe in probes]
+
+    try:
+        return attempt()
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+    # The model works in place on what autograd has saved (`x += shortcut` after a ReLU). Asked for
+    # only then: it slows every operation down.
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        return attempt()
+
+
 def _run(
     model: VideoModel, candidates: Candidates, clips: torch.Tensor
 ) -> tuple[_Calls, torch.Tensor]:
@@ -147,22 +163,27 @@ def _run(
 
 
 @torch.inference_mode()
-def _alone(model: VideoModel, candidates: Candidates, clips: torch.Tensor) -> _Calls:
-    """Names and outputs for the first clip without the others."""
-    calls = _Calls()
+def _layouts(
+    model: VideoModel, candidates: Candidates, clips: torch.Tensor, calls: _Calls
+) -> list[_Layout | None]:
+    """Where the clips are in the output of each of `calls`, by running the first clip alone."""
+    names: list[str] = []
+    outputs: list[torch.Tensor] = []
     with ExitStack() as hooks:
         for name in candidates:
 
             def record(
                 _layer: nn.Module, _inputs: Any, output: torch.Tensor, at: str = name
             ) -> None:
-                calls.names.append(at)
-                calls.outputs.append(output.clone())
+                names.append(at)
+                outputs.append(output.clone())
 
             hooks.callback(model.layer(name).register_forward_hook(record).remove)
         device = next(model.module.parameters()).device
         model.module(clips[:1].to(device))
-    return calls
+    if names != calls.names:
+        return [None] * len(calls.names)
+    return [_layout(*pair, len(clips)) for pair in zip(calls.outputs, outputs, strict=True)]
 
 
 def _recorder(name: str, calls: _Calls) -> Callable[..., torch.Tensor]:

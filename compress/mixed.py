@@ -28,11 +28,10 @@ from vcompress.spec.formats import FLOAT, FORMATS
 
 __all__ = ["MixedFormats", "find_formats"]
 
-# Enough for a rank correlation of 0.95 with brute force on every model tried; see
-# docs/precision.md.
+# Clips serve better than probes for the same time; what they reach is in docs/precision.md.
 NUM_PREDICTION_CLIPS = 16
-NUM_PROBES = 4
-NUM_COMPARISON_CLIPS = 64
+NUM_PROBES = 2
+NUM_COMPARISON_CLIPS = 32
 _BISECTIONS = 7
 _SCALE_BITS = 32
 # Calibration clips are few and were seen: the bar is kept with a reserve there.
@@ -74,7 +73,10 @@ def find_formats(model: VideoModel, context: PlanContext) -> MixedFormats:
             model, candidates, sensitivities,
             lambda name, format_name: extra_bits(model, name, format_name, context.algorithm),
         )  # fmt: skip
-        batches = batches_of(context.calibration, NUM_COMPARISON_CLIPS)
+        # A bar of quality is judged on all clips: each is a part of a point.
+        on_size = context.budget.kind in ("effective_bits", "weight_bytes")
+        num_clips = NUM_COMPARISON_CLIPS if on_size else len(context.calibration)
+        batches = batches_of(context.calibration, num_clips)
         found = _under(context.budget, model, candidates, search, batches)
     return MixedFormats(
         formats=found.formats,
@@ -103,17 +105,29 @@ def _under(
     batches: list[torch.Tensor],
 ) -> Found:  # fmt: skip
     if budget.kind == "effective_bits":
+        fewest = search.fewest_bits / max(1, search.num_weights)
+        if budget.limit < fewest:
+            message = (
+                f"--budget-bits must be at least {_rounded_up(fewest, 3):g} for this model, these "
+                f"formats and this algorithm, got {budget.limit:g}; raise it"
+            )
+            raise InputError(message)
         return search.choose(budget.limit * search.num_weights, batches)
     if budget.kind == "weight_bytes":
         rest = _bits_of_rest(model, candidates)
-        if budget.limit * 8 < rest:
+        if budget.limit * 8 < rest + search.fewest_bits:
             message = (
-                f"a size of {budget.limit / 1e6:.3f} MB cannot hold the parameters of the layers "
-                f"that stay as they are, {rest / 8e6:.3f} MB; raise it"
+                f"--max-size must be at least {math.ceil((rest + search.fewest_bits) / 8)} bytes "
+                f"for this model, these formats and this algorithm, got {budget.limit:.0f}; "
+                f"{rest / 8e6:.3f} MB of it stay as they are; raise it"
             )
             raise InputError(message)
         return search.choose(budget.limit * 8 - rest, batches)
     return _cheapest(budget, model, candidates, search, batches)
+
+
+def _rounded_up(value: float, digits: int) -> float:
+    return math.ceil(value * 10.0**digits) / 10.0**digits
 
 
 def _bits_of_rest(model: VideoModel, candidates: Candidates) -> int:

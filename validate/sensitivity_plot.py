@@ -53,11 +53,12 @@ def plot_sensitivities(
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yticks(range(len(names)), [_shortened(name) for name in names], fontsize=7)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
     axes.grid(visible=True, axis="both", linewidth=0.3)
     axes.set_xlabel(_UNITS.get(loss_name, loss_name))
     axes.set_title(title)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    if formats:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         figure.savefig(temporary, dpi=130, format="png")

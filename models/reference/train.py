@@ -1,6 +1,6 @@
 """Train the reference recognisers: `python -m vcompress.models.reference.train penvideo20`.
 
-On two cores without other load PenVideo-20 takes about 7 minutes and Moving Fashion about 40. Under
+On two cores without other load PenVideo-20 takes about 7 minutes and Moving Fashion about 25. Under
 glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 halves that: without them every step
 gives its buffers back to the kernel and takes them again.
 

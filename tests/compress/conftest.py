@@ -98,7 +98,7 @@ def make_context() -> MakeContext:
             target=find_target(target),
             stats=observe(model, layers, clips, needs=frozenset({"input_amax"})),
             original=model, calibration=clips, tokens=None, algorithm=algorithm,
-            max_layer_error=0.02, budget=budget, seed=0, stage=Silent().stage,
+            max_layer_error=10.0, budget=budget, seed=0, stage=Silent().stage,
             warn=([] if warnings is None else warnings).append,
         )  # fmt: skip
 

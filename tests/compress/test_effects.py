@@ -100,7 +100,8 @@ class Layouts(nn.Module):
         if self.layout == "tokens first":
             y = self.inner(x.transpose(0, 1)).transpose(0, 1)
         elif self.layout == "interleaved":
-            y = self.inner(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (12, count)).transpose(0, 1)  # fmt: skip
+            y = self.inner(x.transpose(0, 1).flatten(0, 1))
+            y = y.unflatten(0, (12, count)).transpose(0, 1)
         elif self.layout == "folded":
             y = self.inner(x.flatten(0, 1)).unflatten(0, (count, 12))
         else:

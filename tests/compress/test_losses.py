@@ -45,7 +45,8 @@ def test_relative_error_is_of_each_clip() -> None:
     reference, output = outputs(2, 3), outputs(2, 3)
     output[1] *= 1.1
     expected = torch.tensor([0.0, 0.01])
-    torch.testing.assert_close(TaskLoss("squared_relative_error").values(reference, output), expected)  # fmt: skip
+    values = TaskLoss("squared_relative_error").values(reference, output)
+    torch.testing.assert_close(values, expected)
     nothing = torch.zeros(1, 3)
     values = TaskLoss("squared_relative_error").values(nothing, nothing + 2)
     assert values.tolist() == [12.0]
@@ -92,7 +93,8 @@ def test_probes_have_half_the_hessian_as_second_moment(
     # And the loss is what a step's probes say, for a small step.
     step = 1e-3 * torch.randn(shape, generator=generator)
     predicted = float((probes @ step.flatten().double()).square().mean())
-    assert predicted == pytest.approx(float(loss.values(reference, reference + step).double().sum()), rel=0.05)  # fmt: skip
+    true = float(loss.values(reference, reference + step).double().sum())
+    assert predicted == pytest.approx(true, rel=0.05)
 
 
 def test_the_task_decides() -> None:

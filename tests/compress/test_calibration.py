@@ -1,0 +1,150 @@
+"""Algorithms are used where they help and only there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from vcompress.calib.clips import Clips
+from vcompress.compress.calibration import (
+    ALGORITHMS,
+    calibrate_layers,
+    check_algorithm,
+    extra_bits,
+    freeze_solutions,
+    without_harm,
+)
+from vcompress.compress.context import PlanContext
+from vcompress.compress.precision import plan_precision
+from vcompress.compress.quantize import candidate_formats
+from vcompress.models.video import VideoModel
+from vcompress.spec.budget import Budget
+from vcompress.spec.errors import InputError
+from vcompress.spec.formats import FORMATS
+
+MakeClips = Callable[..., Clips]
+MakeContext = Callable[..., PlanContext]
+
+
+def two_kinds(model: VideoModel, count: int, odd: tuple[int, ...]) -> Clips:
+    """Clips of two kinds that have nothing in common: a bright half, left or (in `odd`) right."""
+    generator = np.random.default_rng(0)
+    data = 0.01 * generator.normal(size=(count, *model.clip.input_shape))
+    for index in range(count):
+        half = slice(4, 8) if index in odd else slice(0, 4)
+        size = 30.0 if index in odd else 1.0
+        data[index, :, :, :, half] += size * generator.normal(size=(3, 4, 8, 4))
+    return Clips.from_array(data.astype("f4"), model.clip)
+
+
+def test_a_recipe_that_is_worse_on_other_tokens_is_not_used(
+    transformer: VideoModel, make_context: MakeContext
+) -> None:
+    # The tokens that judge are of a kind that the recipe was not fitted to: whole runs of clips
+    # are held out, those that seed 0 draws.
+    held_out = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:4].tolist()
+    clips = two_kinds(transformer, 24, tuple(c for h in held_out for c in (2 * h, 2 * h + 1)))
+    context = make_context(transformer, clips, target="nvfp4", algorithm="smooth")
+    plan = plan_precision(transformer, context)
+    # The whole model is worse, too; each line says what became of its layer.
+    assert "with smooth on 24 calibration clips" in str(plan.evidence["calibration"])
+    assert plan.tensors == {}
+    others = [line.reason for line in plan.choices.values() if "the whole model" in line.reason]
+    assert others
+    refused = [name for name, line in plan.choices.items() if "not used: error" in line.reason]
+    assert refused
+    for name in refused:
+        assert plan.choices[name].tensors == ()
+        assert plan.choices[name].rotation is None
+        assert plan.choices[name].input_amax == pytest.approx(
+            context.stats.input_amax[name], rel=1e-5
+        )
+        assert name not in plan.tensors
+        assert "by rounding to nearest" in plan.choices[name].reason
+
+
+def test_solutions_that_harm_the_whole_model_are_all_dropped(
+    transformer: VideoModel, make_clips: MakeClips, make_context: MakeContext
+) -> None:
+    warnings: list[str] = []
+    context = make_context(
+        transformer, make_clips(transformer, 16), target="nvfp4", algorithm="svd",
+        warnings=warnings,
+    )  # fmt: skip
+    formats = candidate_formats(transformer, context.target)
+    good = calibrate_layers(transformer, formats, context)
+    kept, line = without_harm(transformer, formats, good, context)
+    assert kept is good
+    assert line is not None
+    assert warnings == []
+    for poison in (3.0, 1e30):
+        bias = torch.linspace(-poison, poison, 10)
+        bad = {**good, "head": dataclasses.replace(good["head"], tensors={"bias": bias})}
+        dropped, line = without_harm(transformer, formats, bad, context)
+        assert all(not each.tensors and each.rotation is None for each in dropped.values())
+        for name, each in dropped.items():
+            expected = "" if name == "patches" else "svd not used: the whole model is worse with it"
+            assert each.note == expected
+        assert line is not None
+        assert warnings.pop().startswith(line)
+        assert [each.input_amax for each in dropped.values()] == pytest.approx(
+            [context.stats.input_amax[name] for name in dropped], rel=1e-5
+        )
+
+
+def test_plain_rounding_has_nothing_to_compare(
+    transformer: VideoModel, make_clips: MakeClips, make_context: MakeContext
+) -> None:
+    context = make_context(transformer, make_clips(transformer, 8), target="int8")
+    formats = candidate_formats(transformer, context.target)
+    solutions = calibrate_layers(transformer, formats, context)
+    assert set(solutions) == set(transformer.layers)
+    assert without_harm(transformer, formats, solutions, context) == (solutions, None)
+
+
+def test_an_unknown_algorithm_is_refused_and_a_near_one_named() -> None:
+    with pytest.raises(InputError, match=r"unknown algorithm 'gptg'.*gptq.*choose one of: max"):
+        check_algorithm("gptg")
+    for name in ALGORITHMS:
+        check_algorithm(name)
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "gptq", "svd16+gptq", "hadamard+svd+gptq", "max"])
+@pytest.mark.parametrize("format", ["nvfp4", "int8"])
+def test_no_algorithm_adds_more_than_it_was_said_to(
+    transformer: VideoModel, make_clips: MakeClips, make_context: MakeContext, algorithm: str,
+    format: str,
+) -> None:  # fmt: skip
+    context = make_context(transformer, make_clips(transformer, 8), algorithm=algorithm)
+    names = ("blocks.0.wide", "head", "patches")
+    formats = {
+        name: format if transformer.layers[name].objection(format) is None else "fp8"
+        for name in names
+    }
+    solutions = calibrate_layers(transformer, formats, context)
+    for name, frozen in freeze_solutions(transformer, formats, solutions).items():
+        most = extra_bits(transformer, name, formats[name], algorithm)
+        assert frozen.extra_bits <= most
+        assert frozen.weight_bits == FORMATS[formats[name]].weight_bits(
+            transformer.layers[name].weight_shape
+        )
+    assert extra_bits(transformer, "patches", "int8", algorithm) == 0
+    assert extra_bits(transformer, "head", "keep", algorithm) == 0
+
+
+def test_what_an_algorithm_adds_is_within_the_budget(
+    transformer: VideoModel, make_clips: MakeClips, make_context: MakeContext
+) -> None:
+    clips = make_clips(transformer, 16)
+    for algorithm, bits in (("auto", 7.0), ("svd16+gptq", 29.0)):
+        context = make_context(
+            transformer, clips, algorithm=algorithm, budget=Budget("effective_bits", bits)
+        )
+        plan = plan_precision(transformer, context)
+        search = plan.evidence["search"]
+        assert isinstance(search, dict)
+        assert 0.6 * bits < search["effective_bits"] <= bits
