@@ -297,7 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     parser.add_argument("--values", type=int, default=10**7, help="values for each pair")
     parser.add_argument("--rounds", type=int, default=20, help="of two timed calls of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -310,7 +310,7 @@ def main() -> None:
         "speed": lambda: measure_speed(arguments.rounds, arguments.threads),
     }
     for part in () if arguments.table else PARTS:
-        if part in arguments.parts:
+        if part in (arguments.parts or list(PARTS)):
             results[part] = {"versions": versions(), "rows": measure[part]()}
             RESULTS.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     print(table(results))

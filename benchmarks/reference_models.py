@@ -117,12 +117,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure what was asked for, keep the other rows, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", choices=[*MODELS, []], default=list(MODELS))
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], default=[])
     parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     if not arguments.table:
-        for model in arguments.models:
+        for model in arguments.models or list(MODELS):
             for target in TARGETS:
                 row = measure(model, target)
                 rows = [r for r in rows if (r["model"], r["target"]) != (model, target)] + [row]

@@ -1,6 +1,6 @@
 """Train the reference recognisers: `python -m vcompress.models.reference.train penvideo20`.
 
-On two cores without other load PenVideo-20 takes about 7 minutes and Moving Fashion about 25. Under
+On two cores without other load PenVideo-20 takes about 7 minutes and Moving Fashion about 40. Under
 glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 halves that: without them every step
 gives its buffers back to the kernel and takes them again.
 
@@ -51,7 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _WARM_UP_STEPS = 200
 _EMA_DECAY = 0.998
-_DROPPING_SHARE = 0.92  # of training; the rest sees all tokens
+_DROPPING_SHARE = 0.97  # of training; the rest sees all tokens
 _REPORT_STEPS = 100
 # Shares of training between which backgrounds grow from black to their full brightness.
 _FADE_IN = (0.3, 0.6)

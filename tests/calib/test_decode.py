@@ -353,7 +353,9 @@ def test_a_packet_that_was_cut_off(tmp_path: Path, make_video: Make) -> None:
     path = make_video(tmp_path / "a.avi", codec="mjpeg", pixel_format="yuvj420p")
     content = path.read_bytes()
     # In the middle of the last frame: all 40 have begun, and the index behind them is gone.
-    path.write_bytes(content[: content.rindex(b"00dc", 0, content.index(b"idx1")) + 300])
+    start = content.rindex(b"00dc", 0, content.index(b"idx1"))
+    size = int.from_bytes(content[start + 4 : start + 8], "little")
+    path.write_bytes(content[: start + 8 + size // 2])
     refused(path, "packet 40 is incomplete")
 
 
