@@ -233,7 +233,9 @@ def test_replace_file_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> N
 
 
 WRITER = f"""
-import sys, time
+import signal, sys, time
+# A shell that runs the tests in the background lets them ignore the interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from test_publish import fill
