@@ -30,7 +30,7 @@ __all__ = ["MixedFormats", "find_formats"]
 
 # Clips serve better than probes for the same time; what they reach is in docs/precision.md.
 NUM_PREDICTION_CLIPS = 16
-NUM_PROBES = 2
+NUM_PROBES = 4
 NUM_COMPARISON_CLIPS = 32
 _BISECTIONS = 7
 _SCALE_BITS = 32
