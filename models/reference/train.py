@@ -10,9 +10,9 @@ schedule and label smoothing, in bfloat16 autocast. The weights are an average o
 
 Moving Fashion is hard for a transformer without any prior on images, so it gets three aids, none
 of which the trained model needs:
-- Most tokens of background are dropped until the last part of training (PatchDropout, Liu et al.,
-  2022, arXiv:2208.07220, with VideoMAE's own mask; here the garment's tokens are kept).
-- Training starts on black and fades the real backgrounds in (a curriculum).
+- Most tokens of background are dropped at first and come back towards the end (PatchDropout,
+  Liu et al., 2022, arXiv:2208.07220, with VideoMAE's own mask; here the garment's are kept).
+- Training starts on black and fades the real backgrounds in, clip by clip (a curriculum).
 - The class is a pair, garment and direction; the loss judges each alone as well as the pair.
 Without them direction is learnt in thousands of steps and the garment not at all.
 """
@@ -51,10 +51,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _WARM_UP_STEPS = 200
 _EMA_DECAY = 0.998
-_DROPPING_SHARE = 0.97  # of training; the rest sees all tokens
 _REPORT_STEPS = 100
-# Shares of training between which backgrounds grow from black to their full brightness.
-_FADE_IN = (0.3, 0.6)
+# Shares of training between which the brightest and the darkest backgrounds of a batch grow from
+# black to their full brightness; each clip's is drawn between the two.
+_BRIGHTEST, _DARKEST = (0.05, 0.3), (0.3, 0.7)
+# Shares of training between which the share of tokens that is kept grows to all.
+_KEEP_MORE = (0.8, 0.92)
 _ASSETS = Path(__file__).parent / "assets"
 
 
@@ -71,6 +73,12 @@ class Batch:
     clips: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
     objects: npt.NDArray[np.bool_] | None = None
+
+
+def _ramp(progress: float, between: tuple[float, float]) -> float:
+    """0 before, 1 after and linear `between` two shares of training."""
+    first, last = between
+    return min(1.0, max(0.0, (progress - first) / (last - first)))
 
 
 def _penvideo_batches(batch_size: int) -> Callable[[float], Batch]:
@@ -99,13 +107,10 @@ def _fashion_batches(batch_size: int, root: Path) -> Callable[[float], Batch]:
         flip = generator.random(batch_size) < 0.5
         images = np.where(flip[:, None, None], images[:, :, ::-1], images)
         chosen = moving_fashion.Garments(images=images, kinds=garments.kinds[index])
-        first, last = _FADE_IN
-        gain = min(1.0, max(0.0, (progress - first) / (last - first)))
+        gain = generator.uniform(_ramp(progress, _DARKEST), _ramp(progress, _BRIGHTEST), batch_size)
         seed = int(generator.integers(2**31))
         alone, labels = moving_fashion.compose(chosen, backgrounds, seed=seed, background_gain=0.0)
-        clips = alone
-        if gain > 0:
-            clips, _ = moving_fashion.compose(chosen, backgrounds, seed=seed, background_gain=gain)
+        clips, _ = moving_fashion.compose(chosen, backgrounds, seed=seed, background_gain=gain)
         return Batch(clips, labels, _occupied_tokens(alone, CONFIGS["moving_fashion"]))
 
     return draw
@@ -163,7 +168,10 @@ class Recipe:
     Attributes:
         mean, std: of the input, as in the shipped model's clip specification.
         steps, batch_size, learning_rate: of the optimiser; the rate is the highest.
-        keep_tokens: share of the tokens that all but the last part of training sees.
+        restart: step at which a second, shorter cosine takes over, with all tokens and full
+            backgrounds; None for no such.
+        tuning_steps, tuning_rate: of the second cosine.
+        keep_tokens: share of the tokens that training starts with; it ends with all.
         factors: sizes of the parts of a class; their product is the number of classes.
     """
 
@@ -174,6 +182,14 @@ class Recipe:
     learning_rate: float
     keep_tokens: float
     factors: tuple[int, ...]
+    restart: int | None = None
+    tuning_steps: int = 0
+    tuning_rate: float = 0.0
+
+    @property
+    def total_steps(self) -> int:
+        """Of both cosines."""
+        return self.steps if self.restart is None else self.restart + self.tuning_steps
 
 
 RECIPES: dict[str, Recipe] = {
@@ -196,6 +212,9 @@ RECIPES: dict[str, Recipe] = {
         learning_rate=1e-3,
         keep_tokens=0.3125,
         factors=(10, 8),
+        restart=5_700,
+        tuning_steps=800,
+        tuning_rate=3e-4,
     ),
 }
 
@@ -222,7 +241,7 @@ class Trainer:
         if checkpoint is not None and checkpoint.exists():
             self._restore(torch.load(checkpoint, weights_only=True))
         started, first, losses = time.monotonic(), self.step, []
-        while self.step < self.recipe.steps:
+        while self.step < self.recipe.total_steps:
             losses.append(self._step(draw))
             if self.step % _REPORT_STEPS == 0:
                 pace = (time.monotonic() - started) / (self.step - first)
@@ -235,12 +254,16 @@ class Trainer:
 
     def _step(self, draw: Callable[[float], Batch]) -> float:
         recipe, progress = self.recipe, self.step / self.recipe.steps
-        rate = recipe.learning_rate * min(1.0, (self.step + 1) / _WARM_UP_STEPS)
-        rate *= 0.5 * (1 + math.cos(math.pi * progress)) + 0.005
+        if recipe.restart is None or self.step < recipe.restart:
+            rate = recipe.learning_rate * min(1.0, (self.step + 1) / _WARM_UP_STEPS)
+            rate *= 0.5 * (1 + math.cos(math.pi * progress)) + 0.005
+        else:
+            progress, tuned = 1.0, (self.step - recipe.restart) / recipe.tuning_steps
+            rate = recipe.tuning_rate * 0.5 * (1 + math.cos(math.pi * tuned))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         batch = draw(progress)
-        keep = recipe.keep_tokens if progress < _DROPPING_SHARE else 1.0
+        keep = recipe.keep_tokens + (1 - recipe.keep_tokens) * _ramp(progress, _KEEP_MORE)
         with torch.autocast("cpu", torch.bfloat16):
             pixels = normalise(batch.clips, recipe.mean, recipe.std)
             logits = _dropped_logits(self.model, pixels, keep, batch.objects)
