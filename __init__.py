@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vcompress.pipeline import Options, Outcome, apply, apply_plan, make_plan, quantize
     from vcompress.pipeline.revalidate import validate as validate_artifact
     from vcompress.pipeline.sensitivity import sensitivity
+    from vcompress.pipeline.tokens import find_tokens
     from vcompress.spec.artifact import Artifact
     from vcompress.spec.plan import CompressionPlan
 
@@ -25,7 +26,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Artifact", "CompressionPlan", "LoadOptions", "Options", "Outcome", "apply", "apply_plan",
-    "load_model", "make_plan", "quantize", "sensitivity", "validate_artifact", "wrap_module",
+    "find_tokens", "load_model", "make_plan", "quantize", "sensitivity", "validate_artifact",
+    "wrap_module",
 ]  # fmt: skip
 
 _HOMES = {
@@ -36,6 +38,7 @@ _HOMES = {
     "Outcome": "vcompress.pipeline:Outcome",
     "apply": "vcompress.pipeline:apply",
     "apply_plan": "vcompress.pipeline:apply_plan",
+    "find_tokens": "vcompress.pipeline.tokens:find_tokens",
     "load_model": "vcompress.models.load:load_model",
     "make_plan": "vcompress.pipeline:make_plan",
     "quantize": "vcompress.pipeline:quantize",

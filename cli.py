@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import vcompress
-from vcompress.cli_options import common, model_options, plan_options, proof_options
+from vcompress.cli_options import bar_options, common, model_options, plan_options, proof_options
 from vcompress.spec.defaults import NUM_CLIPS
 from vcompress.spec.errors import QualityGateError, VcompressError
 from vcompress.spec.target import TARGETS
@@ -78,6 +78,7 @@ def quantize(model: str, as_json: bool, quiet: bool, **values: Any) -> None:
 @cli.command()
 @click.argument("model")
 @plan_options
+@bar_options
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=Path("plan.json"), show_default=True
 )
@@ -149,6 +150,67 @@ def sensitivity(
 
 
 @cli.command()
+@click.argument("model")
+@click.option("--calib", metavar="PATH", help="Clips: a folder of videos, an .npz or a .pt file.")
+@click.option(
+    "--num-clips",
+    default=NUM_CLIPS,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Calibration clips. A drop is read off them: more clips, finer bars.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0),
+    metavar="POINTS",
+    help="At most so many of 100 clips may change their top class.",
+)
+@click.option("--min-sqnr", type=float, metavar="DB", help="The outputs' SQNR, at least.")
+@click.option(
+    "--max-flops",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="Operations, as a share of those of MODEL.",
+)
+@click.option(
+    "--max-latency",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="Wall-clock time here in ONNX Runtime, as a share of that of MODEL.",
+)
+@click.option("--seed", default=0, show_default=True, type=int, help="Of every random choice.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("tokens.json"),
+    show_default=True,
+    help="The plan.",
+)
+@click.option("--force", is_flag=True, help="Replace a plan that is already there.")
+@model_options
+@common
+def tokens(
+    model: str, max_flops: float | None, max_latency: float | None, output: Path, as_json: bool,
+    quiet: bool, **values: Any,
+) -> None:  # fmt: skip
+    """Find the token schedule of MODEL under one bar, and write it as a plan.
+
+    Take it over with quantize --tokens PLAN, or run it alone with apply PLAN.
+    """
+    from vcompress import pipeline
+    from vcompress.terminal import Console
+
+    console = Console(as_json=as_json, quiet=quiet)
+    load = _load_options(values)
+    found = pipeline.find_tokens(
+        model, output, options=pipeline.Options(**values), max_flops=max_flops,
+        max_latency=max_latency, load=load, progress=console,
+    )  # fmt: skip
+    console.tokens(found, output)
+
+
+@cli.command()
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.argument("model")
 @click.option(
@@ -193,12 +255,39 @@ def validate(
 
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--tokens",
+    "clip",
+    metavar="CLIP",
+    help="Draw which patches of a video, or of the first clip of an .npz or .pt file, are merged.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The picture. Default: tokens.png."
+)
+@click.option(
+    "--model", metavar="MODEL", help="For the picture. Default: what the artifact was made from."
+)
 @common
-def inspect(file: Path, as_json: bool, quiet: bool) -> None:
-    """What FILE is (an artifact, a plan or an ONNX file): per layer, what was decided and why."""
+def inspect(
+    file: Path, clip: str | None, output: Path | None, model: str | None, as_json: bool, quiet: bool
+) -> None:
+    """What FILE is (an artifact, a plan or an ONNX file): per layer, what was decided and why.
+
+    With --tokens, a picture of what the plan in FILE does to the patches of CLIP.
+    """
     from vcompress.terminal import Console
 
-    Console(as_json=as_json, quiet=quiet).inspect(file)
+    console = Console(as_json=as_json, quiet=quiet)
+    if clip is None:
+        if output is not None or model is not None:
+            message = "--output and --model are for the picture: add --tokens CLIP"
+            raise click.UsageError(message)
+        console.inspect(file)
+        return
+    from vcompress.pipeline.tokens_view import view_tokens
+
+    output = output or Path("tokens.png")
+    console.token_view(view_tokens(file, clip, output, source=model, progress=console), output)
 
 
 @cli.command()

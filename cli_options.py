@@ -13,7 +13,7 @@ import click
 from vcompress.spec.defaults import ALGORITHM, MAX_LAYER_ERROR, NUM_CLIPS, NUM_TEST_CLIPS
 from vcompress.spec.target import TARGETS
 
-__all__ = ["common", "model_options", "plan_options", "proof_options"]
+__all__ = ["bar_options", "common", "model_options", "plan_options", "proof_options"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -51,7 +51,23 @@ class _Size(click.ParamType[int]):
         return int(float(found.group(1)) * unit)
 
 
+class _Tokens(click.ParamType[float | str]):
+    """A number, or a word."""
+
+    name = "tokens"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | str:
+        """`value` as a number if it is one."""
+        try:
+            return float(value)
+        except ValueError:
+            return str(value)
+
+
 NUMBERS = _Numbers()
+TOKENS = _Tokens()
 SIZE = _Size()
 
 
@@ -116,9 +132,10 @@ plan_options = _with_options(
     ),
     click.option(
         "--tokens",
-        type=float,
-        metavar="RATIO",
-        help="Merge tokens: mean share that a block keeps, e.g. 0.7.",
+        type=TOKENS,
+        metavar="RATIO|auto|PLAN",
+        help="Reduce tokens: to a mean share such as 0.7; by a searched schedule that holds half "
+        "of --max-drop (auto); or as a plan of vcompress tokens says.",
     ),
     click.option(
         "--algorithm",
@@ -149,6 +166,22 @@ plan_options = _with_options(
     click.option("--seed", default=0, show_default=True, type=int, help="Of every random choice."),
 )
 
+bar_options = _with_options(
+    click.option(
+        "--max-drop",
+        type=click.FloatRange(0),
+        metavar="POINTS",
+        help="The bar of searches and of the proof, which exits with 3 if top-1 drops more. "
+        "Default: 1.0 if the clips have labels.",
+    ),
+    click.option(
+        "--min-sqnr",
+        type=float,
+        metavar="DB",
+        help="The same for the SQNR of the outputs, at least.",
+    ),
+)
+
 proof_options = _with_options(
     click.option(
         "--data",
@@ -162,15 +195,7 @@ proof_options = _with_options(
         type=click.IntRange(1),
         help="Test clips, at most.",
     ),
-    click.option(
-        "--max-drop",
-        type=click.FloatRange(0),
-        metavar="POINTS",
-        help="Exit with 3 if top-1 drops more. Default: 1.0 if the clips have labels.",
-    ),
-    click.option(
-        "--min-sqnr", type=float, metavar="DB", help="Exit with 3 if the outputs' SQNR is lower."
-    ),
+    bar_options,
     click.option(
         "--engine/--no-engine",
         default=True,

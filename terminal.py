@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vcompress.pipeline.revalidate import Validation
     from vcompress.pipeline.run import Outcome
     from vcompress.pipeline.sensitivity import SensitivityTable
+    from vcompress.pipeline.tokens import TokenSchedule
+    from vcompress.pipeline.tokens_view import TokenView
 
 __all__ = ["Console"]
 
@@ -111,6 +113,58 @@ class Console:
                 table.add_row(key, f"{value:g}" if isinstance(value, int) else f"{value:.4f}")
         table.add_row("gate", f"{result.verdict.outcome}: {result.verdict.reason}")
         self._out.print(table)
+
+    def tokens(self, found: TokenSchedule, path: Path) -> None:
+        """What `tokens` found."""
+        if self._json:
+            self._print_json({**found.as_dict(), "path": str(path)})
+            return
+        table = _table(("block", "patch tokens", "technique"), right=(1,))
+        for block, count in found.blocks.items():
+            site = found.section.sites.get(block)
+            table.add_row(Text(block), str(count), "" if site is None else site.technique)
+        self._out.print(table)
+        facts = [
+            ("attention", found.section.attention.replace("_", " ")),
+            ("operations", f"{100 * found.flop_share:.1f} % of the model's, by formula"),
+        ]
+        if found.latency_share is not None:
+            facts.append(("latency", f"{100 * found.latency_share:.1f} % of the model's, here"))
+        facts += [
+            ("loss", f"{found.loss_value:.3g} ({found.loss}) on {found.num_clips} clips"),
+            ("changed", f"{found.changed_points:.2f} % of them have another top class"),
+            ("measured", f"{found.num_measured} schedules"),
+        ]
+        if found.section.readout is not None:
+            facts.append(("readout", f"{found.section.readout} refitted"))
+        for word, text in facts:
+            self._out.print(Text(f"{word:<11}{text}"))
+        for technique, reason in found.refused.items():
+            self._out.print(Text(f"without    {technique}: {reason}"))
+        self._out.print(Text(f"wrote      {path}"))
+
+    def token_view(self, view: TokenView, path: Path) -> None:
+        """What became of the patches of one clip, reduction by reduction."""
+        if self._json:
+            self._print_json({**view.as_dict(), "path": str(path)})
+            return
+        self._out.print(Text(
+            f"{view.model}  {view.clip}: {view.section.num_patches} patch tokens"
+        ))  # fmt: skip
+        table = _table(
+            ("before block", "technique", "tokens", "of several patches", "of one", "most patches",
+             "patches dropped"),
+            right=range(2, 7),
+        )  # fmt: skip
+        for site in view.sites:
+            counts = site.counts()
+            table.add_row(
+                Text(site.block), site.technique, str(site.keep), str(counts["num_merged_tokens"]),
+                str(counts["num_single_tokens"]), str(counts["largest_token"]),
+                str(counts["num_dropped_patches"]),
+            )  # fmt: skip
+        self._out.print(table)
+        self._out.print(Text(f"wrote    {path}"))
 
     def plan(self, plan: CompressionPlan, path: Path) -> None:
         """A plan, layer by layer."""
@@ -232,9 +286,14 @@ class Console:
             + (f", tokens {'x'.join(map(str, grid))}" if grid else "")
         ))  # fmt: skip
         if plan.tokens is not None:
-            merged = ", ".join(f"{name} {count}" for name, count in plan.tokens.merge.items())
-            weighting = "proportional attention" if plan.tokens.proportional else "plain attention"
-            self._out.print(Text(f"tokens   {plan.tokens.technique}, {weighting}: {merged}"))
+            sites = ", ".join(
+                f"{block} {site.keep} ({site.technique})"
+                for block, site in plan.tokens.sites.items()
+            )
+            attention = plan.tokens.attention.replace("_", " ")
+            self._out.print(Text(
+                f"tokens   {plan.tokens.num_patches} patches, {attention} attention: {sites}"
+            ))  # fmt: skip
         table = _table(("layer", "format", "score", "reason"), right=(2,))
         for name, choice in plan.quantize.items():
             score = "" if choice.score is None else f"{choice.score:.4f}"

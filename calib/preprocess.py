@@ -16,7 +16,7 @@ import numpy.typing as npt
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
 
-__all__ = ["gray_from_rgb", "to_model_input"]
+__all__ = ["gray_from_rgb", "to_frames", "to_model_input"]
 
 # ITU-R BT.601 luma, as 16-bit fixed point: the three add up to 65536.
 _LUMA = (19595, 38470, 7471)
@@ -60,6 +60,17 @@ def to_model_input(frames: npt.NDArray[np.uint8], spec: ClipSpec) -> npt.NDArray
     values -= np.asarray(spec.mean, np.float32)
     values /= np.asarray(spec.std, np.float32)
     return np.ascontiguousarray(values.transpose(order))
+
+
+def to_frames(values: npt.NDArray[Any], spec: ClipSpec) -> npt.NDArray[np.uint8]:
+    """The inverse of `to_model_input`: frames `[T, H, W, C]` as a person can look at them.
+
+    Args:
+        values: `spec.input_shape`; what lies outside of 0..255 afterwards is cut off.
+    """
+    frames = values.transpose([spec.layout[1:].index(axis) for axis in "THWC"])
+    pixels = frames * np.asarray(spec.std, np.float32) + np.asarray(spec.mean, np.float32)
+    return np.rint(np.clip(pixels / np.float32(spec.rescale), 0, 255)).astype(np.uint8)
 
 
 def _check_neutral(spec: ClipSpec) -> None:

@@ -13,8 +13,11 @@ from vcompress.calib.stats import Stats
 from vcompress.models.video import VideoModel
 from vcompress.spec.budget import Budget
 from vcompress.spec.target import Target
+from vcompress.spec.token_section import TokenSection
 
-__all__ = ["PlanContext", "Stage"]
+__all__ = ["PlanContext", "Stage", "TokenRequest"]
+
+TokenRequest = float | Budget | TokenSection
 
 # Names a stage and its number of steps; the context gives the function that takes steps done.
 Stage = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
@@ -31,7 +34,8 @@ class PlanContext:
         stats: what calibration observed; covers the union of all passes' needs.
         original: the model before any pass.
         calibration: the clips.
-        tokens: share of tokens to keep, or None to leave tokens alone.
+        tokens: the share of tokens that blocks see on average, a budget to search a schedule
+            under, a schedule, or None to leave tokens alone.
         algorithm: how inputs and weights are calibrated, a name in `calibration.ALGORITHMS`.
         max_layer_error: see `spec.defaults.MAX_LAYER_ERROR`.
         budget: what formats are searched under; None to take the target's in their order.
@@ -44,7 +48,7 @@ class PlanContext:
     stats: Stats
     original: VideoModel
     calibration: Clips
-    tokens: float | None
+    tokens: TokenRequest | None
     algorithm: str
     max_layer_error: float
     budget: Budget | None

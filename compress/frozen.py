@@ -91,6 +91,11 @@ class FrozenLayer(nn.Module):
         """The weight that the layer computes with, float32."""
         return CODECS[self.format].dequantize(self.stored_weight)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """As the layer had it before; many models ask for its type before they call the layer."""
+        return self.dequantized_weight()
+
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
         """`x`, smoothed and rotated already, as the format can hold it."""
         return CODECS[self.format].round_input(x, self.input_scale)

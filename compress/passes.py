@@ -12,9 +12,10 @@ from typing import Protocol
 from vcompress.compress.context import PlanContext
 from vcompress.compress.precision import plan_precision
 from vcompress.compress.quantize import apply_choices
-from vcompress.compress.tensors import ModelTensors
-from vcompress.compress.tokens.plan import plan_merging
-from vcompress.compress.tokens.surgery import apply_merging
+from vcompress.compress.tensors import TOKENS, ModelTensors
+from vcompress.compress.tokens.decide import decide_tokens
+from vcompress.compress.tokens.readout import apply_readout
+from vcompress.compress.tokens.surgery import apply_reduction
 from vcompress.models.video import VideoModel
 from vcompress.spec.plan import CompressionPlan
 
@@ -47,21 +48,25 @@ class Pass(Protocol):
 
 
 class TokenPass:
-    """Token merging."""
+    """Token reduction."""
 
     needs: frozenset[str] = frozenset()
 
     def plan(self, model: VideoModel, plan: CompressionPlan, context: PlanContext) -> Planned:
-        """The section `tokens`, if tokens are to be merged."""
+        """The section `tokens`, if tokens are to be reduced."""
         if context.tokens is None:
             return Planned(plan, {})
-        section = plan_merging(model, context.tokens, context.clips)
-        return Planned(replace(plan, tokens=section), {})
+        decided = decide_tokens(model, context.tokens, context)
+        evidence = {**plan.evidence, "tokens": decided.evidence}
+        tensors = {} if decided.readout is None else {TOKENS: decided.readout}
+        return Planned(replace(plan, tokens=decided.section, evidence=evidence), tensors)
 
-    def apply(self, model: VideoModel, plan: CompressionPlan, _tensors: ModelTensors) -> None:
-        """Install the hooks that merge."""
+    def apply(self, model: VideoModel, plan: CompressionPlan, tensors: ModelTensors) -> None:
+        """Install the hooks that reduce, and the readout that goes with them."""
         if plan.tokens is not None:
-            apply_merging(model, plan.tokens)
+            apply_reduction(model, plan.tokens)
+            if plan.tokens.readout is not None:
+                apply_readout(model, plan.tokens.readout, tensors.get(TOKENS, {}))
 
 
 class QuantizePass:

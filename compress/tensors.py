@@ -9,6 +9,9 @@ A layer's tensors are called by part:
 | `bias` | [N] | in place of the layer's bias |
 | `weight_...` | as the format has it | the stored weight, named as in a frozen layer |
 
+Under the name `tokens` stand `readout_weight` [N, K] and `readout_bias` [N] of the plan's section
+of that name (see `compress.tokens.readout`).
+
 Shapes: N output channels, K input channels, R rank.
 """
 
@@ -22,6 +25,7 @@ from vcompress.spec.errors import InputError
 from vcompress.spec.plan import TENSOR_WORDS
 
 __all__ = [
+    "TOKENS",
     "WEIGHT_PREFIX",
     "LayerTensors",
     "ModelTensors",
@@ -36,6 +40,7 @@ LayerTensors = Mapping[str, torch.Tensor]
 ModelTensors = Mapping[str, LayerTensors]
 
 WEIGHT_PREFIX = "weight_"
+TOKENS = "tokens"
 _SEPARATOR = ":"
 
 
@@ -71,7 +76,7 @@ def unflatten(flat: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Ten
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in flat.items():
         layer, separator, part = name.rpartition(_SEPARATOR)
-        if not separator or not words([part]):
+        if not separator or not (words([part]) or layer == TOKENS):
             message = (
                 f"{name!r} is not layer{_SEPARATOR}part with a part that is known here; make the "
                 "plan again with this version"

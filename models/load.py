@@ -17,9 +17,13 @@ from torch import nn
 from vcompress.models import checkpoint as checkpoints
 from vcompress.models import structure
 from vcompress.models.adapters.base import Adapter, Description
+from vcompress.models.adapters.frame_towers import CLIP, DINOV2, DINOV2_WITH_REGISTERS, SIGLIP
+from vcompress.models.adapters.timesformer import TIMESFORMER
 from vcompress.models.adapters.transformers_video import VIDEOMAE, VIVIT
-from vcompress.models.directory import clip_from_processor, read_directory
-from vcompress.models.video import Task, VideoModel, weights_digest
+from vcompress.models.adapters.videoprism import VIDEOPRISM
+from vcompress.models.adapters.vjepa2 import VJEPA2
+from vcompress.models.directory import clip_from_processor, read_directory, read_processor
+from vcompress.models.video import Task, TokenGrid, VideoModel, weights_digest
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
 from vcompress.spec.strict_json import nearest
@@ -33,7 +37,9 @@ __all__ = [
     "wrap_module",
 ]
 
-ADAPTERS: tuple[Adapter, ...] = (VIDEOMAE, VIVIT)
+ADAPTERS: tuple[Adapter, ...] = (
+    VIDEOMAE, VIVIT, TIMESFORMER, VJEPA2, VIDEOPRISM, CLIP, SIGLIP, DINOV2, DINOV2_WITH_REGISTERS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +101,12 @@ def _load_directory(path: Path, options: LoadOptions) -> VideoModel:
             task="classify" if "Classification" in type(module).__name__ else None,
         )  # fmt: skip
         return replace(model, config=config)
-    described = adapter.describe(config)
+    known: Mapping[str, Any] = config
+    if adapter.adopt is not None:
+        module, known = adapter.adopt(module, config, read_processor(path))
+    described = adapter.describe(known)
     described = replace(described, clip=clip_from_processor(path, described.clip))
-    return _finish(module, path.name, family, described, config, str(path), options)
+    return _finish(module, path.name, family, described, known, str(path), options)
 
 
 def _from_checkpoint(
@@ -134,8 +143,11 @@ def from_checkpoint(
         )
         raise InputError(message)
     adapter = ADAPTERS[known.index(loaded.family)]
-    module = adapter.build(loaded.config)
-    checkpoints.load_state(module, loaded.state_dict, source)
+    if adapter.load is None:
+        module = adapter.build(loaded.config)
+        checkpoints.load_state(module, loaded.state_dict, source)
+    else:
+        module = adapter.load(loaded.config, loaded.state_dict, source)
     described = adapter.describe(loaded.config)
     if loaded.labels:
         described = replace(described, labels=loaded.labels)
@@ -165,7 +177,7 @@ def _finish(
     checkpoints.check_finite(module, source or name)
     model = VideoModel(
         name=name, module=module, family=family, task=described.task, clip=clip, layers={},
-        blocks=(), token_grid=described.token_grid, pooling=described.pooling,
+        blocks=(), token_grid=_grid_of(described, clip), pooling=described.pooling,
         labels=described.labels, config=dict(config), source=source,
         weights_sha256=weights_digest(module),
     )  # fmt: skip
@@ -174,6 +186,24 @@ def _finish(
         message = f"{source or name}: no linear or convolution ran, so there is nothing to quantize"
         raise InputError(message)
     return replace(model, layers=layers, blocks=structure.find_blocks(module, layers))
+
+
+def _grid_of(described: Description, clip: ClipSpec) -> TokenGrid | None:
+    """The grid of clips that a flag or a checkpoint may have resized; None if it is unclear."""
+    grid, known = described.token_grid, described.clip
+    if grid is None:
+        return None
+    cells = []
+    for count, before, now in (
+        (grid.frames, known.num_frames, clip.num_frames),
+        (grid.height, known.height, clip.height),
+        (grid.width, known.width, clip.width),
+    ):
+        # What is left over at the edge hides how large a patch is.
+        if before != now and (before % count or now < before // count):
+            return None
+        cells.append(count if before == now else now // (before // count))
+    return replace(grid, frames=cells[0], height=cells[1], width=cells[2])
 
 
 def wrap_module(

@@ -16,6 +16,7 @@ from vcompress.spec.errors import InputError
 from vcompress.spec.plan import LayerFacts
 
 __all__ = [
+    "Arrangement",
     "Pooling",
     "PrimaryOutput",
     "Task",
@@ -26,7 +27,8 @@ __all__ = [
 ]
 
 Task = Literal["classify", "embed", "denoise", "restore", "generic"]
-Pooling = Literal["mean", "class_token"]
+Pooling = Literal["mean", "class_token", "attention"]
+Arrangement = Literal["joint", "frames", "tubes", "divided"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +37,34 @@ class TokenGrid:
 
     `frames` x `height` x `width` patches in raster order stand after `special` leading tokens
     (class token, registers) that no technique may touch.
+
+    Shapes: B clips, T frames, L = height x width places, S special tokens, C width.
+
+    Attributes:
+        arrangement: what a block takes.
+            joint: `[B, S + T L, C]`, attention over all.
+            frames: `[B T, S + L, C]`, each frame for itself to the end (image towers).
+            tubes: `[B T, S + L, C]`, but what follows needs the same places in all frames
+                (factorised encoders).
+            divided: `[B, S + L T, C]`, places first, attention in turn over time and space.
+        stem: the name under which the blocks stand that take this; empty for all blocks.
+        readers: full names of the modules after the blocks that attend to all of their tokens.
+        rotary: positions are computed in every attention, so they have to be carried along.
     """
 
     frames: int
     height: int
     width: int
     special: int = 0
+    arrangement: Arrangement = "joint"
+    stem: str = ""
+    readers: tuple[str, ...] = ()
+    rotary: bool = False
 
     @property
-    def num_tokens(self) -> int:
-        """Length of the sequence, special tokens included."""
-        return self.special + self.frames * self.height * self.width
+    def num_patches(self) -> int:
+        """Patch tokens of a clip, special tokens not counted."""
+        return self.frames * self.height * self.width
 
 
 def primary_output(output: Any) -> torch.Tensor:
@@ -100,8 +119,8 @@ class VideoModel:
         layers: every linear and convolution that ran, by full name, in the order of the module.
         blocks: full names of the repeated blocks, in order.
         token_grid: of its token sequence, where known.
-        pooling: how the tokens become one vector ("mean" of all, or the "class_token"), where
-            known.
+        pooling: how the tokens become one vector ("mean" of all, the "class_token", or by
+            "attention" of the grid's readers), where known.
         labels: class names, possibly empty.
         config: what the family's configuration says; recorded in the artifact.
         source: where it came from, for the manifest.
@@ -141,6 +160,14 @@ class VideoModel:
         if self.clip.dtype == "uint8":
             return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         return torch.randn(shape, generator=generator)
+
+    @property
+    def token_blocks(self) -> tuple[str, ...]:
+        """The blocks that take the token grid, in order; none if there is no grid."""
+        if self.token_grid is None:
+            return ()
+        stem = f"{self.token_grid.stem}." if self.token_grid.stem else ""
+        return tuple(block for block in self.blocks if block.startswith(stem))
 
     def block_of(self, layer: str) -> str | None:
         """The repeated block that encloses `layer`, or None."""

@@ -17,7 +17,7 @@ from vcompress.spec.errors import InputError, MissingCapabilityError
 from vcompress.spec.plan import CompressionPlan, check_plan
 from vcompress.spec.target import find_target
 
-__all__ = ["apply", "open_model_and_clips", "quantize", "write_plan"]
+__all__ = ["apply", "check_plan_output", "open_model_and_clips", "quantize", "write_plan"]
 
 _FEW_CLIPS = 16
 
@@ -65,15 +65,20 @@ def write_plan(
     recorded = Recorded(progress or Silent())
     find_target(options.target)
     _require_calib(options)
-    if not path.parent.is_dir() or path.is_dir():
-        message = f"{path}: no such folder to write a plan to; choose another output"
-        raise InputError(message)
-    if path.exists() and not options.force:
-        message = f"{path} is there and may have been edited; add --force to replace it"
-        raise InputError(message)
+    check_plan_output(path, force=options.force)
     model, clips = open_model_and_clips(source, options, load, recorded)
     plan, tensors = make_plan(model, clips.calibration, options, recorded)
     return save_plan(plan, tensors, path)
+
+
+def check_plan_output(path: Path, *, force: bool) -> None:
+    """Raise `InputError` unless a plan can be written to `path`."""
+    if not path.parent.is_dir() or path.is_dir():
+        message = f"{path}: no such folder to write a plan to; choose another output"
+        raise InputError(message)
+    if path.exists() and not force:
+        message = f"{path} is there and may have been edited; add --force to replace it"
+        raise InputError(message)
 
 
 def apply(

@@ -22,7 +22,7 @@ from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan, check_plan
 from vcompress.spec.target import find_target
 
-__all__ = ["apply_plan", "make_plan", "read_plan", "save_plan"]
+__all__ = ["apply_plan", "empty_plan", "make_plan", "read_plan", "save_plan"]
 
 
 def make_plan(
@@ -30,8 +30,8 @@ def make_plan(
 ) -> tuple[CompressionPlan, ModelTensors]:
     """Decide everything. Returns the plan and the calibrated tensors by layer."""
     progress = progress or Silent()
-    budget = options.budget(model.task)
-    plan = _empty_plan(model, calibration, options)
+    budget, tokens = options.budget(model.task), options.token_request(model.task)
+    plan = empty_plan(model, calibration, options)
     working = model.copy()
     tensors: dict[str, LayerTensors] = {}
     for step in PASSES:
@@ -42,7 +42,7 @@ def make_plan(
                 stats = observe(working, layers, calibration, needs=step.needs, on_batch=advance)
         context = PlanContext(
             target=find_target(options.target), stats=stats, original=model,
-            calibration=calibration, tokens=options.tokens, algorithm=options.algorithm,
+            calibration=calibration, tokens=tokens, algorithm=options.algorithm,
             max_layer_error=options.max_layer_error, budget=budget, seed=options.seed,
             stage=progress.stage, warn=progress.warn,
         )  # fmt: skip
@@ -53,7 +53,8 @@ def make_plan(
     return plan, tensors
 
 
-def _empty_plan(model: VideoModel, calibration: Clips, options: Options) -> CompressionPlan:
+def empty_plan(model: VideoModel, calibration: Clips, options: Options) -> CompressionPlan:
+    """A plan that says what it is for and what it rests on, and decides nothing."""
     grid = model.token_grid
     return CompressionPlan(
         target=options.target,

@@ -16,15 +16,17 @@ import torch
 import vcompress
 from vcompress.calib.sources import ClipSets
 from vcompress.compress.frozen import FrozenLayer
+from vcompress.compress.tokens.flops import ScheduleCost, counts_of
 from vcompress.export.graph import GraphFacts
 from vcompress.export.manifest import build_manifest
 from vcompress.models.video import VideoModel
 from vcompress.pipeline import proof as proving
 from vcompress.pipeline.run import Options
 from vcompress.spec.plan import CompressionPlan
+from vcompress.spec.token_section import TokenSection
 from vcompress.validate import latency, report
 from vcompress.validate.gate import Verdict
-from vcompress.validate.report_types import Engine, Layer, Report
+from vcompress.validate.report_types import Engine, Layer, Report, Tokens
 
 __all__ = ["Run", "file_role", "manifest_of", "report_of"]
 
@@ -95,12 +97,29 @@ def _layer_rows(model: VideoModel, planned: VideoModel, plan: CompressionPlan) -
     return rows
 
 
+def _token_rows(model: VideoModel, section: TokenSection) -> Tokens:
+    counts = counts_of(section, model.token_blocks)
+    return {
+        "attention": section.attention,
+        "num_patches_baseline": section.num_patches,
+        "num_patches_result": counts[-1],
+        "flop_share": ScheduleCost.of(model).share(counts),
+        "blocks": [
+            {
+                "block": block,
+                "num_patches": count,
+                "technique": section.sites[block].technique if block in section.sites else None,
+            }
+            for block, count in zip(model.token_blocks, counts, strict=True)
+        ],
+    }
+
+
 def report_of(run: Run, folder: Path) -> Report:
     """The report of `run`, whose files lie in `folder`."""
     model, planned, plan, clips = run.model, run.planned, run.plan, run.clips
     parameters = sum(p.numel() for p in model.module.parameters())
     baseline_bits, planned_bits = _parameter_bits(model.module), _planned_bits(planned)
-    tokens = plan.tokens
     return report.build_report(
         vcompress=vcompress.__version__,
         created=_now(),
@@ -131,12 +150,7 @@ def report_of(run: Run, folder: Path) -> Report:
             "read_back_from": "model.onnx",
         },
         layers=_layer_rows(model, planned, plan),
-        tokens=None if tokens is None else {
-            "technique": tokens.technique,
-            "num_tokens_baseline": tokens.num_tokens,
-            "num_tokens_result": tokens.num_tokens - sum(tokens.merge.values()),
-            "num_merged_by_block": dict(tokens.merge),
-        },
+        tokens=None if plan.tokens is None else _token_rows(model, plan.tokens),
         engines=run.engines,
         clips={
             "test": {

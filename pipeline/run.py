@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vcompress.compress.calibration import check_algorithm
+from vcompress.compress.context import TokenRequest
 from vcompress.spec.budget import Budget
 from vcompress.spec.defaults import (
     ALGORITHM,
@@ -20,12 +21,15 @@ from vcompress.spec.defaults import (
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan
 from vcompress.spec.target import find_target
+from vcompress.spec.token_section import TokenSection
 from vcompress.validate.gate import Verdict
 from vcompress.validate.report_types import Report
 
-__all__ = ["Advance", "Options", "Outcome", "Progress", "Recorded", "Silent"]
+__all__ = ["AUTO", "Advance", "Options", "Outcome", "Progress", "Recorded", "Silent"]
 
 Advance = Callable[[int], None]
+
+AUTO = "auto"
 
 
 class Progress(Protocol):
@@ -78,7 +82,7 @@ class Options:
     output: Path | None = None
     num_clips: int = NUM_CLIPS
     num_test_clips: int = NUM_TEST_CLIPS
-    tokens: float | None = None
+    tokens: float | str | None = None
     algorithm: str = ALGORITHM
     max_layer_error: float = MAX_LAYER_ERROR
     budget_bits: float | None = None
@@ -104,9 +108,9 @@ class Options:
                 message = f"--{flag} must lie between {low} and {high}, got {value}"
                 raise InputError(message)
         check_algorithm(self.algorithm)
-        if self.tokens is not None and not 0 < self.tokens <= 1:
+        if isinstance(self.tokens, float | int) and not 0 < self.tokens <= 1:
             message = (
-                f"--tokens must be above 0 and at most 1 (1 merges nothing), got {self.tokens}"
+                f"--tokens must be above 0 and at most 1 (1 reduces nothing), got {self.tokens}"
             )
             raise InputError(message)
         if self.budget_bits is not None and self.max_size is not None:
@@ -118,6 +122,25 @@ class Options:
                 f"{self.target} takes its own in their order"
             )
             raise InputError(message)
+
+    def token_request(self, task: str) -> TokenRequest | None:
+        """What `tokens` asks for, for a model of `task`: a share, a search, or a plan's section.
+
+        Raises:
+            InputError: a search without a bar, or a file without a section.
+        """
+        if not isinstance(self.tokens, str):
+            return self.tokens
+        if self.tokens != AUTO:
+            return _section_of(Path(self.tokens))
+        if self.min_sqnr is not None:
+            # Twice the error is 3 dB: half for tokens, half for what follows.
+            return Budget("sqnr_db", self.min_sqnr + 3)
+        if task == "classify":
+            drop = MAX_DROP_POINTS if self.max_drop is None else self.max_drop
+            return Budget("drop_points", drop / 2)
+        message = "--tokens auto needs a bar: add --min-sqnr"
+        raise InputError(message)
 
     def budget(self, task: str) -> Budget | None:
         """What formats are searched under for a model of `task`; None for a target in order.
@@ -150,3 +173,17 @@ class Outcome:
     plan: CompressionPlan
     report: Report
     verdict: Verdict
+
+
+def _section_of(path: Path) -> TokenSection:
+    if not path.is_file():
+        message = (
+            f"--tokens must be a share such as 0.7, {AUTO!r}, or a plan made by vcompress tokens; "
+            f"there is no file {path}"
+        )
+        raise InputError(message)
+    section = CompressionPlan.load(path).tokens
+    if section is None:
+        message = f"{path}: this plan has no section tokens; make one with vcompress tokens"
+        raise InputError(message)
+    return section

@@ -1,4 +1,4 @@
-"""What a mixed-precision plan is searched under."""
+"""What precisions and token schedules are searched under."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 __all__ = ["Budget", "BudgetKind"]
 
-BudgetKind = Literal["effective_bits", "weight_bytes", "drop_points", "sqnr_db"]
+BudgetKind = Literal["effective_bits", "weight_bytes", "flop_share", "drop_points", "sqnr_db"]
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Budget:
 
     Attributes:
         kind: "effective_bits" a weight, on average over the layers that are decided;
-            "weight_bytes" of the whole model; "drop_points" of top-1; "sqnr_db" of the outputs, at
-            least.
+            "weight_bytes" of the whole model; "flop_share", operations as a share of those without
+            token reduction; "drop_points" of top-1; "sqnr_db" of the outputs, at least.
         limit: in the unit that the kind names.
     """
 

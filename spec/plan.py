@@ -17,59 +17,13 @@ from vcompress.spec import strict_json
 from vcompress.spec.errors import InputError
 from vcompress.spec.layer_choice import TENSOR_WORDS, LayerChoice, LayerFacts, misfits
 from vcompress.spec.strict_json import check_keys
+from vcompress.spec.token_section import TokenSection
 
 __all__ = [
-    "SCHEMA", "TENSOR_WORDS", "CompressionPlan", "LayerChoice", "LayerFacts", "TokenSection",
-    "check_plan",
+    "SCHEMA", "TENSOR_WORDS", "CompressionPlan", "LayerChoice", "LayerFacts", "check_plan",
 ]  # fmt: skip
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSection:
-    """Token merging: how many tokens each block gives away, by the block's full name.
-
-    Attributes:
-        technique: the merging algorithm.
-        proportional: whether attention weighs a token by the number of patches that it stands for.
-        merge: tokens merged after each block.
-        num_tokens: tokens that enter the first block, special tokens included.
-    """
-
-    technique: str
-    proportional: bool
-    num_tokens: int
-    merge: Mapping[str, int]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "technique": self.technique,
-            "proportional": self.proportional,
-            "num_tokens": self.num_tokens,
-            "merge": dict(self.merge),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Any) -> TokenSection:
-        """Read the section `tokens`."""
-        check_keys(
-            data,
-            required=("technique", "proportional", "num_tokens", "merge"),
-            where="tokens",
-        )
-        _check_types(
-            data, {"technique": str, "proportional": bool, "num_tokens": int}, where="tokens"
-        )
-        if not isinstance(data["merge"], dict):
-            message = "tokens.merge must be an object of block name -> number of tokens"
-            raise InputError(message)
-        for block, count in data["merge"].items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                message = f"tokens.merge.{block} must be an integer >= 0, got {count!r}"
-                raise InputError(message)
-        return cls(**data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +36,7 @@ class CompressionPlan:
         model: identity of the model: family, weights_sha256, num_blocks, token_grid.
         evidence: what the decisions rest on: calibration digest, number of clips, versions.
         quantize: the choice for every candidate layer, in model order.
-        tokens: token merging, or None.
+        tokens: token reduction, or None.
         tensors: file beside the plan with calibrated tensors (see `TENSOR_WORDS`) and its sha256,
             or None.
     """
@@ -210,10 +164,13 @@ def check_plan(
     ]
     if plan.tokens is not None:
         problems += [
-            f"tokens.merge.{name}: no such block{strict_json.nearest(name, blocks)}"
-            for name in plan.tokens.merge
+            f"tokens.sites.{name}: no such block{strict_json.nearest(name, blocks)}"
+            for name in plan.tokens.sites
             if name not in blocks
         ]
+        if plan.tokens.readout is not None and plan.tokens.readout not in layers:
+            near = strict_json.nearest(plan.tokens.readout, layers)
+            problems.append(f"tokens.readout: no layer {plan.tokens.readout}{near}")
     if problems:
         message = "the plan does not fit the model:\n  " + "\n  ".join(problems)
         raise InputError(message)

@@ -44,8 +44,9 @@ def closing_table(report: Report) -> list[Row]:
     ]
     tokens = report["tokens"]
     if tokens is not None:
-        first, last = tokens["num_tokens_baseline"], tokens["num_tokens_result"]
+        first, last = tokens["num_patches_baseline"], tokens["num_patches_result"]
         rows.append(("tokens", str(first), str(last), change_percent(first, last)))
+        rows.append(("operations", "100 %", f"{100 * tokens['flop_share']:.1f} %", "by formula"))
     return [*rows, *_latency_rows(report), *_quality_rows(report)]
 
 
@@ -119,8 +120,10 @@ def closing_notes(report: Report) -> list[tuple[str, str]]:
     notes = [("layers", ", ".join(f"{count} {name}" for name, count in counts.most_common()))]
     tokens = report["tokens"]
     if tokens is not None:
-        merged = sum(1 for count in tokens["num_merged_by_block"].values() if count)
-        notes.append(("tokens", f"{tokens['technique']}, merged after {merged} blocks"))
+        used = [block["technique"] for block in tokens["blocks"] if block["technique"]]
+        places = f"{len(used)} place{'' if len(used) == 1 else 's'}"
+        text = f"{', '.join(dict.fromkeys(used)) or 'none'}, at {places}"
+        notes.append(("tokens", f"{text}; {tokens['attention'].replace('_', ' ')} attention"))
     for engine in report["engines"]:
         name = engine["runtime"] + (f" SM{engine['sm']}" if engine["sm"] else "")
         text = (

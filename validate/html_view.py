@@ -164,17 +164,19 @@ def _tokens(report: Report) -> dict[str, Any] | None:
     tokens = report["tokens"]
     if tokens is None:
         return None
-    left, bars = tokens["num_tokens_baseline"], []
-    for block, merged in tokens["num_merged_by_block"].items():
-        left -= merged
-        share = round(100 * max(0, left) / max(1, tokens["num_tokens_baseline"]), 1)
-        bars.append({"block": block, "left": left, "merged": merged, "height": share,
-                     "top": round(100 - share, 1)})  # fmt: skip
-    first, last = tokens["num_tokens_baseline"], tokens["num_tokens_result"]
+    first, last = tokens["num_patches_baseline"], tokens["num_patches_result"]
+    bars = []
+    for block in tokens["blocks"]:
+        share = round(100 * max(0, block["num_patches"]) / max(1, first), 1)
+        bars.append({**block, "height": share, "top": round(100 - share, 1)})
+    used = dict.fromkeys(block["technique"] for block in tokens["blocks"] if block["technique"])
     # A gap between bars that leaves room for the bars themselves.
     gap = 16 / max(1, len(bars))
     return {
-        "technique": tokens["technique"], "first": f"{first:,}", "last": f"{last:,}",
+        "techniques": ", ".join(used) or "none",
+        "attention": tokens["attention"].replace("_", " "),
+        "operations": f"{100 * tokens['flop_share']:.1f} %",
+        "first": f"{first:,}", "last": f"{last:,}",
         "change": minus(change_percent(first, last)),
         "bars": [{**bar, "x": round(i * (100 + gap) / len(bars), 3)} for i, bar in enumerate(bars)],
         "bar_width": round((100 + gap) / max(1, len(bars)) - gap, 3),

@@ -86,13 +86,22 @@ class Layer(TypedDict):
     block: NotRequired[str | None]
 
 
-class Tokens(TypedDict):
-    """Token merging: what enters the first block, what leaves the last, what each gives away."""
+class TokenBlock(TypedDict):
+    """Patch tokens that a block sees; the technique if they were reduced in front of it."""
 
-    technique: str
-    num_tokens_baseline: int
-    num_tokens_result: int
-    num_merged_by_block: dict[str, int]
+    block: str
+    num_patches: int
+    technique: str | None
+
+
+class Tokens(TypedDict):
+    """Token reduction: what the model brings, what is left, and which part of its operations."""
+
+    attention: str
+    num_patches_baseline: int
+    num_patches_result: int
+    flop_share: float
+    blocks: list[TokenBlock]
 
 
 class Engine(TypedDict):

@@ -1,1 +1,1 @@
-"""Token reduction: pure functions in `merging`, surgery on models in `surgery`."""
+"""Token reduction: `techniques` decide, `reduction` executes, `surgery` puts it into a model."""

@@ -1,129 +1,143 @@
-"""Put token merging into a transformers model without touching its code.
+"""Put token reduction into a model without touching its code.
 
-A forward hook on each block merges the block's output; one attention function, registered with
-transformers' public `AttentionInterface`, hands over the keys that matching needs and, where the
-plan says so, adds the logarithm of the token sizes to the scores (proportional attention, Bolya et
-al., 2022, equation 1). A model that averages its tokens at the end gets the size-weighted average.
+A hook in front of a block reduces what the block is given; the attention of the model is exchanged
+for one that hands over its keys and weighs tokens by size; a model that averages its tokens at the
+end gets the size-weighted average. What a family needs beyond this stands in `families`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from vcompress.compress.tokens.merging import match, max_merges, merge
+from vcompress.compress.tokens.arrangement import Layout
+from vcompress.compress.tokens.attention import TokenState, install_attention
+from vcompress.compress.tokens.catalog import Technique, find_technique
+from vcompress.compress.tokens.families import FAMILIES
+from vcompress.compress.tokens.rules import check_section, frames_at
+from vcompress.compress.tokens.techniques import static_frames
+from vcompress.compress.tokens.view import View
 from vcompress.models.video import VideoModel
-from vcompress.spec.errors import InputError
-from vcompress.spec.plan import TokenSection
+from vcompress.spec import clip
+from vcompress.spec.token_section import TokenSection
 
-__all__ = ["TECHNIQUE", "apply_merging", "objection"]
-
-TECHNIQUE = "bipartite_soft_matching"
-
-_ATTENTION_NAME = "vcompress_merging"
-_STATE = "vcompress_merge_state"
+__all__ = ["apply_reduction"]
 
 
-@dataclass
-class _MergeState:
-    """What flows beside the tokens during one forward pass; the first block starts it anew."""
+def apply_reduction(model: VideoModel, section: TokenSection) -> TokenState | None:
+    """Install `section` in `model.module`; returns the state that its hooks share.
 
-    proportional: bool
-    keys: torch.Tensor | None = None
-    sizes: torch.Tensor | None = None
+    A section that keeps all tokens everywhere changes nothing at all and returns None.
 
-
-def objection(model: VideoModel) -> str | None:
-    """Why tokens of `model` cannot be merged, or None."""
-    if model.token_grid is None:
-        return f"the token grid of family {model.family!r} is not known"
-    if model.pooling is None:
-        return f"how family {model.family!r} pools its tokens is not known"
-    if not hasattr(model.module, "set_attn_implementation"):
-        return f"the attention of family {model.family!r} cannot be exchanged"
-    return None
-
-
-def apply_merging(model: VideoModel, section: TokenSection) -> None:
-    """Install `section` in `model.module`. A section without merges changes nothing at all."""
-    active = {block: count for block, count in section.merge.items() if count > 0}
-    if not active:
-        return
-    reason = objection(model)
-    if reason is not None:
-        message = f"tokens cannot be merged: {reason}; remove the section tokens"
-        raise InputError(message)
+    Raises:
+        InputError: the section does not fit the model; the message lists everything.
+    """
+    check_section(model, section)
     assert model.token_grid is not None
-    if section.technique != TECHNIQUE:
-        message = f"tokens.technique must be {TECHNIQUE}, got {section.technique!r}"
-        raise InputError(message)
-    if section.num_tokens != model.token_grid.num_tokens:
-        message = (
-            f"tokens.num_tokens must be {model.token_grid.num_tokens}, as the model has, got "
-            f"{section.num_tokens}"
+    sites = _active_sites(model, section)
+    if not sites:
+        return None
+    layout = Layout(model.token_grid)
+    state = TokenState(layout=layout, attention=section.attention)
+    family = FAMILIES.get(model.family)
+    blocks = model.token_blocks
+    if family is not None and family.prepare is not None:
+        family.prepare(model, state)
+    if family is None or family.uses_attention_interface:
+        install_attention(
+            model.module,
+            [model.layer(name) for name in blocks],
+            [model.layer(name) for name in model.token_grid.readers],
+            state,
         )
-        raise InputError(message)
-    _check_counts(model.blocks, section, model.token_grid.special)
-    _register_attention()
-    model.module.set_attn_implementation(_ATTENTION_NAME)  # type: ignore[operator]
-    state = _MergeState(proportional=section.proportional)
-    for name in model.blocks:
-        block = model.layer(name)
-        for submodule in block.modules():
-            setattr(submodule, _STATE, state)
-        if name in active:
-            block.register_forward_hook(_Merge(state, active[name], model.token_grid.special))
-    model.layer(model.blocks[0]).register_forward_pre_hook(_Start(state))
-    if model.pooling == "mean":
-        model.layer(model.blocks[-1]).register_forward_hook(_Weigh(state))
-
-
-def _check_counts(blocks: tuple[str, ...], section: TokenSection, num_special: int) -> None:
-    num_tokens = section.num_tokens
+    if any(site.technique.needs_pixels for site in sites.values()):
+        model.module.register_forward_pre_hook(_Pixels(state, model.clip.layout))
+    model.layer(blocks[0]).register_forward_pre_hook(_Start(state))
     for name in blocks:
-        merges = section.merge.get(name, 0)
-        if merges > max_merges(num_tokens, num_special):
-            message = (
-                f"tokens.merge.{name}: {merges} of {num_tokens} tokens cannot be merged at once; "
-                f"the most is {max_merges(num_tokens, num_special)}"
+        if name in sites:
+            model.layer(name).register_forward_pre_hook(
+                replace(sites[name], state=state), with_kwargs=True
             )
-            raise InputError(message)
-        num_tokens -= merges
+    if model.pooling == "mean":
+        model.layer(blocks[-1]).register_forward_hook(_Weigh(state))
+    return state
 
 
 # The hooks are objects, not closures: a deep copy of the model then copies them together with the
 # state that they share, where closures would go on writing into the state of the original.
 @dataclass
 class _Start:
-    state: _MergeState
+    state: TokenState
 
     def __call__(self, _block: nn.Module, _inputs: tuple[Any, ...]) -> None:
-        self.state.keys = self.state.sizes = None
+        self.state.reset()
 
 
 @dataclass
-class _Merge:
-    state: _MergeState
-    merges: int
-    num_special: int
+class _Pixels:
+    """Looks at the clips that enter the model; `TokenState.reset` leaves what it saw."""
 
-    def __call__(self, _block: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
-        tokens = output[0] if isinstance(output, tuple) else output
+    state: TokenState
+    layout: clip.Layout
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.state.pixels_change = static_frames.pixels_change(
+            inputs[0], self.layout, self.state.layout.grid
+        )
+
+
+@dataclass
+class _Site:
+    """Reduces what a block is given to `keep` tokens a sequence."""
+
+    technique: Technique
+    keep: int
+    num_frames: int | None
+    is_first: bool
+    state: TokenState | None = None
+
+    def __call__(
+        self, _block: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if inputs:
+            return (self._reduced(inputs[0]), *inputs[1:]), keywords
+        return inputs, {**keywords, "hidden_states": self._reduced(keywords["hidden_states"])}
+
+    def _reduced(self, hidden: torch.Tensor) -> torch.Tensor:
         state = self.state
+        assert state is not None
+        special, tokens = state.layout.split(hidden)
         sizes = torch.ones_like(tokens[..., 0]) if state.sizes is None else state.sizes
-        assert state.keys is not None, "the attention function did not run"
-        matching = match(state.keys, self.merges, self.num_special)
-        tokens, state.sizes = merge(tokens, sizes, matching)
-        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+        inputs = None if self.is_first else state.inputs
+        # In front of the first block the tokens themselves. Their positions count there, and that
+        # is good: equal patches merge with their neighbours rather than with those far away.
+        keys = tokens
+        if inputs is not None:
+            keys = state.layout.split_keys(inputs.key.mean(dim=1))
+        view = View(
+            tokens=tokens, sizes=sizes, keys=keys, attention=inputs,
+            num_special=state.layout.grid.special, num_frames=self.num_frames,
+            pixels_change=state.pixels_change,
+        )  # fmt: skip
+        reducer = self.technique.reduce(view, self.keep)
+        positions = state.positions_of(tokens)
+        if positions is not None:
+            state.positions, _ = reducer.apply(positions, sizes)
+        if state.pixels_change is not None:
+            changes, _ = reducer.apply(state.pixels_change[..., None], sizes)
+            state.pixels_change = changes[..., 0]
+        if state.trace:
+            state.origin = _followed(state.origin, reducer.destination())
+        tokens, state.sizes = reducer.apply(tokens, sizes)
+        return state.layout.join(special, tokens)
 
 
 @dataclass
 class _Weigh:
-    state: _MergeState
+    state: TokenState
 
     def __call__(self, _block: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
         tokens = output[0] if isinstance(output, tuple) else output
@@ -135,25 +149,28 @@ class _Weigh:
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
 
-def _attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None, scaling: float | None = None,
-    dropout: float = 0.0, **_: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attention over `[B, heads, N, D]` that leaves its keys for the matching."""
-    state: _MergeState | None = getattr(module, _STATE, None)
-    if state is not None:
-        state.keys = key.mean(dim=1)
-        if state.proportional and state.sizes is not None:
-            bias = state.sizes.log()[:, None, None, :].to(query.dtype)
-            attention_mask = bias if attention_mask is None else attention_mask + bias
-    output = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
-    )
-    return output.transpose(1, 2).contiguous(), None
+def _active_sites(model: VideoModel, section: TokenSection) -> dict[str, _Site]:
+    """The sites that reduce something, by block."""
+    assert model.token_grid is not None
+    sequences = Layout(model.token_grid).sequences_per_clip
+    sites: dict[str, _Site] = {}
+    frames, left = frames_at(model, section), section.num_patches
+    for name in model.token_blocks:
+        site = section.sites.get(name)
+        if site is None or site.keep == left:
+            continue
+        sites[name] = _Site(
+            technique=find_technique(site.technique, f"tokens.sites.{name}"),
+            keep=site.keep // sequences,
+            num_frames=frames[name],
+            is_first=name == model.token_blocks[0],
+        )
+        left = site.keep
+    return sites
 
 
-def _register_attention() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_ATTENTION_NAME, _attention)
+def _followed(origin: torch.Tensor | None, destination: torch.Tensor) -> torch.Tensor:
+    if origin is None:
+        return destination
+    then = destination.gather(1, origin.clamp(min=0))
+    return torch.where(origin >= 0, then, origin)

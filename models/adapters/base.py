@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from vcompress.models.video import Pooling, Task, TokenGrid
@@ -34,8 +35,21 @@ class Adapter:
             is one.
         build: an untrained module from a configuration.
         describe: what the configuration tells.
+        load: a module with the weights of a state dict, from its configuration, the state dict and
+            where it comes from; None if its names are those of what `build` returns.
+        adopt: what `build` would have returned and its configuration, from the module that
+            transformers read from a directory, the directory's configuration and its processor's
+            (empty if there is none); None if the module can stay as it is.
     """
 
     family: str
     build: Callable[[Mapping[str, Any]], nn.Module]
     describe: Callable[[Mapping[str, Any]], Description]
+    load: Callable[[Mapping[str, Any], Mapping[str, torch.Tensor], str], nn.Module] | None = None
+    adopt: (
+        Callable[
+            [nn.Module, Mapping[str, Any], Mapping[str, Any]],
+            tuple[nn.Module, Mapping[str, Any]],
+        ]
+        | None
+    ) = None

@@ -10,64 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from vcompress.models.adapters.base import Adapter, Description
+from vcompress.models.adapters.configuration import build_with, clip_of, edges_of, labels_of
 from vcompress.models.video import TokenGrid
-from vcompress.spec.clip import ClipSpec
-from vcompress.spec.errors import InputError, MissingCapabilityError
 
 __all__ = ["VIDEOMAE", "VIVIT"]
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        message = (
-            "this family is built with the package transformers, which is missing: "
-            "pip install 'vcompress-ai[hf]'"
-        )
-        raise MissingCapabilityError(message) from error
-    return transformers
-
-
-def _build_with(config_class: str, model_class: str, config: Mapping[str, Any]) -> nn.Module:
-    library = _transformers()
-    try:
-        parsed = getattr(library, config_class)(**config)
-        module: nn.Module = getattr(library, model_class)(parsed)
-    except Exception as error:
-        # The library checks some values itself and stumbles over others, each in its own way.
-        message = f"the configuration does not make a {model_class}: {error}"
-        raise InputError(message) from error
-    return module.eval()
-
-
-def _edge(size: Any) -> tuple[int, int]:
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _clip(config: Mapping[str, Any], num_frames: int) -> ClipSpec:
-    height, width = _edge(config.get("image_size", 224))
-    return ClipSpec(
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        channels=int(config.get("num_channels", 3)),
-        layout="NTCHW",
-    )
-
-
-def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    names = config.get("id2label") or {}
-    return tuple(str(names[key]) for key in sorted(names, key=int))
-
-
 def _describe_videomae(config: Mapping[str, Any]) -> Description:
     num_frames = int(config.get("num_frames", 16))
-    height, width = _edge(config.get("image_size", 224))
-    patch_height, patch_width = _edge(config.get("patch_size", 16))
+    image_size = config.get("image_size", 224)
+    height, width = edges_of(image_size)
+    patch_height, patch_width = edges_of(config.get("patch_size", 16))
     grid = TokenGrid(
         frames=num_frames // int(config.get("tubelet_size", 2)),
         height=height // patch_height,
@@ -75,9 +29,9 @@ def _describe_videomae(config: Mapping[str, Any]) -> Description:
     )
     return Description(
         task="classify",
-        clip=_clip(config, num_frames),
+        clip=clip_of(config, num_frames, image_size),
         token_grid=grid,
-        labels=_labels(config),
+        labels=labels_of(config),
         # Without mean pooling the first patch token is read; merging may move it.
         pooling="mean" if config.get("use_mean_pooling", True) else None,
     )
@@ -85,7 +39,8 @@ def _describe_videomae(config: Mapping[str, Any]) -> Description:
 
 def _describe_vivit(config: Mapping[str, Any]) -> Description:
     num_frames = int(config.get("num_frames", 32))
-    height, width = _edge(config.get("image_size", 224))
+    image_size = config.get("image_size", 224)
+    height, width = edges_of(image_size)
     tubelet = [int(size) for size in config.get("tubelet_size", (2, 16, 16))]
     grid = TokenGrid(
         frames=num_frames // tubelet[0],
@@ -95,20 +50,20 @@ def _describe_vivit(config: Mapping[str, Any]) -> Description:
     )
     return Description(
         task="classify",
-        clip=_clip(config, num_frames),
+        clip=clip_of(config, num_frames, image_size),
         token_grid=grid,
-        labels=_labels(config),
+        labels=labels_of(config),
         pooling="class_token",
     )
 
 
 VIDEOMAE = Adapter(
     family="videomae",
-    build=lambda config: _build_with("VideoMAEConfig", "VideoMAEForVideoClassification", config),
+    build=lambda config: build_with("VideoMAEConfig", "VideoMAEForVideoClassification", config),
     describe=_describe_videomae,
 )
 VIVIT = Adapter(
     family="vivit",
-    build=lambda config: _build_with("VivitConfig", "VivitForVideoClassification", config),
+    build=lambda config: build_with("VivitConfig", "VivitForVideoClassification", config),
     describe=_describe_vivit,
 )

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from vcompress.calib.preprocess import gray_from_rgb, to_model_input
+from vcompress.calib.preprocess import gray_from_rgb, to_frames, to_model_input
 from vcompress.spec.clip import ClipSpec, Layout
 from vcompress.spec.errors import InputError
 
@@ -26,6 +26,18 @@ def test_rescale_mean_and_std_in_this_order() -> None:
     assert values[0, 0, 1].tolist() == [2.0, 0.0, -0.25]
     # The last one is (69, 70, 71): (34.5 - 1) / 0.25, (35 - 2) / 0.5, (35.5 - 3) / 2.
     assert values[1, 2, 3].tolist() == [134.0, 66.0, 16.25]
+
+
+@pytest.mark.parametrize("layout", ["NTCHW", "NCTHW", "NTHWC"])
+def test_frames_come_back_to_the_last_bit(layout: Layout) -> None:
+    every = np.arange(256, dtype=np.uint8).repeat(3).reshape(2, 8, 16, 3)
+    spec = ClipSpec(
+        num_frames=2, height=8, width=16, layout=layout,
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+    )  # fmt: skip
+    assert np.array_equal(to_frames(to_model_input(every, spec), spec), every)
+    plain = ClipSpec(num_frames=2, height=8, width=16, layout=layout, dtype="uint8", rescale=1.0)
+    assert np.array_equal(to_frames(to_model_input(every, plain), plain), every)
 
 
 def test_default_is_zero_to_one() -> None:

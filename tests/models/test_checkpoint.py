@@ -43,7 +43,7 @@ def test_a_checkpoint_becomes_a_described_model(tmp_path: Path) -> None:
     assert model.labels == ("a", "b", "c")
     assert model.blocks == ("videomae.encoder.layer.0", "videomae.encoder.layer.1")
     assert model.token_grid is not None
-    assert model.token_grid.num_tokens == 2 * 2 * 2
+    assert model.token_grid.num_patches == 2 * 2 * 2
     kinds = [facts.kind for facts in model.layers.values()]
     assert kinds.count("conv3d") == 1
     assert kinds.count("linear") == 2 * 6 + 1

@@ -17,7 +17,7 @@ PLAN: dict[str, Any] = {
     "schema": 1, "target": "int8", "seed": 0, "model": {}, "evidence": {}, "tokens": None,
     "quantize": {"a": {"format": "int8", "reason": "r", "input_amax": 1.0}}, "tensors": None,
 }  # fmt: skip
-TOKENS = {"technique": "t", "proportional": False, "num_tokens": 8, "merge": {}}
+TOKENS = {"attention": "plain", "num_patches": 8, "sites": {}, "readout": None}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,11 @@ TOKENS = {"technique": "t", "proportional": False, "num_tokens": 8, "merge": {}}
     [
         {"target": ["x"]}, {"seed": "abc"}, {"seed": None}, {"seed": True}, {"model": None},
         {"evidence": 5}, {"tensors": 5}, {"tensors": {}}, {"tensors": {"file": 3, "sha256": "x"}},
-        {"tokens": {**TOKENS, "num_tokens": "8"}}, {"tokens": {**TOKENS, "proportional": "no"}},
+        {"tokens": {**TOKENS, "num_patches": "8"}}, {"tokens": {**TOKENS, "attention": "no"}},
+        {"tokens": {**TOKENS, "readout": 3}}, {"tokens": {**TOKENS, "sites": []}},
+        {"tokens": {**TOKENS, "sites": {"a": {"keep": 1}}}},
+        {"tokens": {**TOKENS, "sites": {"a": {"technique": 3, "keep": 1}}}},
+        {"tokens": {**TOKENS, "sites": {"a": {"technique": "t", "keep": 0}}}},
         {"quantize": {"a": {"format": "int8", "reason": None}}},
         {"quantize": {"a": {"format": "int8", "reason": "r", "input_amax": 10**400}}},
         {"quantize": {"a": {"format": "int8", "reason": "r", "input_amax": 1e308}}},

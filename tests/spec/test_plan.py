@@ -15,9 +15,9 @@ from vcompress.spec.plan import (
     CompressionPlan,
     LayerChoice,
     LayerFacts,
-    TokenSection,
     check_plan,
 )
+from vcompress.spec.token_section import TokenSection, TokenSite
 
 LAYERS = {
     "patch": LayerFacts(kind="conv3d", weight_shape=(32, 1, 2, 8, 8)),
@@ -134,7 +134,7 @@ def test_floats_have_six_significant_digits() -> None:
             {"quantize": {"patch": {"format": "int8", "reason": "", "input_amax": -1}}},
             "input_amax must be a number >= 0, got -1",
         ),
-        ({"tokens": {"technique": "x"}}, "tokens: missing key"),
+        ({"tokens": {"attention": "plain"}}, "tokens: missing key"),
         (line(rotation=48), "rotation must be a power of two, at least 2, got 48"),
         (line(rotation=True), "rotation must be a power of two, at least 2, got True"),
         (line(rotation="16"), "rotation must be a power of two, at least 2, got '16'"),
@@ -155,8 +155,8 @@ def test_all_misfits_stand_in_one_message() -> None:
     plan = dataclasses.replace(
         plan,
         tokens=TokenSection(
-            technique="bipartite_soft_matching", proportional=False, num_tokens=8,
-            merge={"block.0": 1},
+            attention="plain", num_patches=8,
+            sites={"block.0": TokenSite(technique="bipartite", keep=4)},
         ),
     )  # fmt: skip
     with pytest.raises(InputError) as caught:
@@ -165,7 +165,7 @@ def test_all_misfits_stand_in_one_message() -> None:
     assert "odd: nvfp4 needs a contraction size divisible by 16, got 30" in message
     assert "patch: nvfp4 is defined for linear layers, not conv3d" in message
     assert "no such layer; did you mean 'blocks.0.fc'" in message
-    assert "tokens.merge.block.0: no such block; did you mean 'blocks.0'" in message
+    assert "tokens.sites.block.0: no such block; did you mean 'blocks.0'" in message
 
 
 def test_a_missing_layer_and_foreign_weights_are_found() -> None:

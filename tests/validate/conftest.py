@@ -12,7 +12,7 @@ from vcompress.validate.latency import describe_device, measure_interleaved
 from vcompress.validate.metrics import compare_outputs
 from vcompress.validate.parity import check_parity
 from vcompress.validate.report import build_report, build_stage
-from vcompress.validate.report_types import Layer, Report
+from vcompress.validate.report_types import Layer, Report, TokenBlock
 
 ROLES = (
     "attention.query", "attention.key", "attention.value", "attention.output",
@@ -102,7 +102,11 @@ def make_report(*, noise: float = 0.3, max_drop: float | None = 2.0, tokens: boo
     ]  # fmt: skip
     layers = make_layers()
     in_layers_mib = sum(layer["weight_kib"] for layer in layers) / 1024
-    merged = {f"encoder.layer.{i}": 96 if i >= 2 else 0 for i in range(12)}
+    token_blocks: list[TokenBlock] = [
+        {"block": f"encoder.layer.{i}", "num_patches": 1568 - 96 * max(0, i - 1),
+         "technique": "bipartite" if i >= 2 else None}
+        for i in range(12)
+    ]  # fmt: skip
     return build_report(
         vcompress="0.1.0", created="2026-11-22T10:00:00Z", seed=0, target="nvfp4",
         command="vcompress quantize videomae.safetensors --target nvfp4 --calib clips/ "
@@ -123,8 +127,9 @@ def make_report(*, noise: float = 0.3, max_drop: float | None = 2.0, tokens: boo
                "skipped": [{"name": "clips/broken.mp4", "reason": "truncated after 3 frames"}]},
         device=describe_device(2),
         versions={"python": "3.11.7", "torch": "2.13.0", "onnxruntime": "1.24.1"},
-        tokens={"technique": "ToMe, constant r", "num_tokens_baseline": 1568,
-                "num_tokens_result": 1568 - 960, "num_merged_by_block": merged} if tokens else None,
+        tokens={"attention": "plain", "num_patches_baseline": 1568,
+                "num_patches_result": 1568 - 960, "flop_share": 0.69,
+                "blocks": token_blocks} if tokens else None,
         engines=[
             {"runtime": "TensorRT-RTX", "sm": "120", "status": "built", "seconds": 21.4,
              "bytes": 15_004_992, "reason": None},

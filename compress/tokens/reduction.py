@@ -1,0 +1,179 @@
+"""What a technique decides, and what it does to tokens: static shapes, no scatter.
+
+A token stands for one or several patches; how many is its size. A reduction from N tokens to K is
+one of two kinds. `Reduction` keeps some tokens and lets others join them or leave: one gather and
+one product with a one-hot matrix, since `scatter_reduce(reduce="mean")` exports to ONNX as another
+operation without a word. `Mixing` builds each new token out of all (see `techniques.centroids`).
+
+Both average by size, know where each token went, and can put the result back on all N places.
+
+Shapes: B sequences, N tokens, K tokens that are kept, r tokens that leave, C width, P new tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+__all__ = ["Chain", "Mixing", "Reducer", "Reduction", "take"]
+
+
+def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `[B, K, C]` of `x` `[B, N, C]` at `index` `[B, K]`.
+
+    One gather over all rows: an index for every element, as `torch.gather` wants it, costs more
+    than the rows.
+    """
+    num_sequences, num_tokens, width = x.shape
+    first = torch.arange(num_sequences, device=x.device)[:, None] * num_tokens
+    rows = x.reshape(-1, width).index_select(0, (index + first).reshape(-1))
+    return rows.view(num_sequences, index.shape[1], width)
+
+
+class Reducer(Protocol):
+    """A decided reduction of `[B, N, C]`."""
+
+    def apply(self, tokens: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `[B, N, C]` and sizes `[B, N]` to those that are left."""
+        ...
+
+    def destination(self) -> torch.Tensor:
+        """Where each token went, int64 `[B, N]`: a place in the result, or -1."""
+        ...
+
+    def restore(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The inverse for dense outputs: `[B, K, C]` back to `[B, N, C]`, members get the whole."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """Some tokens stay; the others join one of them, or are dropped.
+
+    Attributes:
+        kept: `[B, K]` int64, in the order of the result.
+        source: `[B, r]` int64, the tokens that leave; N = K + r.
+        target: `[B, r]` int64, which of the last `num_receivers` kept tokens they belong to.
+        num_receivers: how many of `kept`, counted from its end, can receive.
+        value_share: what part of the source counts in the average of the target: a number, or
+            `[B, r]`. 0 keeps the target as it is.
+        size_share: what part of the source's size the target takes over: a number, or `[B, r]`.
+            1 conserves the total.
+    """
+
+    kept: torch.Tensor
+    source: torch.Tensor
+    target: torch.Tensor
+    num_receivers: int
+    value_share: float | torch.Tensor = 1.0
+    size_share: float | torch.Tensor = 1.0
+
+    def apply(self, tokens: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Reducer`. A kept token that nothing joins does not change by a bit."""
+        kept_tokens, kept_sizes = take(tokens, self.kept), take(sizes[..., None], self.kept)
+        if self.source.shape[1] == 0:
+            return kept_tokens, kept_sizes[..., 0]
+        moving_sizes = take(sizes[..., None], self.source)
+        joins = self._joins(tokens.dtype)
+        alone = self.kept.shape[1] - self.num_receivers
+        own_sizes = kept_sizes[:, alone:]
+        if not _is(self.value_share, 0.0):
+            moving = moving_sizes * _column(self.value_share)
+            # 1 + what joins: exactly 1 where nothing does, and the division changes nothing.
+            weight = 1 + joins @ moving.to(tokens.dtype) / own_sizes
+            joined = joins @ (take(tokens, self.source) * moving.to(tokens.dtype)) / own_sizes
+            merged = (kept_tokens[:, alone:] + joined) / weight
+            kept_tokens = torch.cat([kept_tokens[:, :alone], merged.to(tokens.dtype)], dim=1)
+        if not _is(self.size_share, 0.0):
+            grown = own_sizes + joins.to(sizes.dtype) @ (moving_sizes * _column(self.size_share))
+            kept_sizes = torch.cat([kept_sizes[:, :alone], grown], dim=1)
+        return kept_tokens, kept_sizes[..., 0]
+
+    def destination(self) -> torch.Tensor:
+        """See `Reducer`; -1 for a source that neither counts nor hands over its size."""
+        alone = self.kept.shape[1] - self.num_receivers
+        joined = self.target + alone
+        if _is(self.value_share, 0.0) and _is(self.size_share, 0.0):
+            joined = torch.full_like(joined, -1)
+        return self._placed(joined)
+
+    def restore(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Reducer`; a dropped token gets the value of its target."""
+        alone = self.kept.shape[1] - self.num_receivers
+        return take(tokens, self._placed(self.target + alone))
+
+    def _joins(self, dtype: torch.dtype) -> torch.Tensor:
+        """One-hot `[B, num_receivers, r]`: which receiver each source joins."""
+        receivers = torch.arange(self.num_receivers, device=self.target.device)
+        return (receivers[None, :, None] == self.target[:, None, :]).to(dtype)
+
+    def _placed(self, joined: torch.Tensor) -> torch.Tensor:
+        """`[B, N]`: kept tokens at their place in the result, sources at `joined`."""
+        order = torch.cat([self.kept, self.source], dim=1)
+        places = torch.arange(self.kept.shape[1], device=order.device).expand_as(self.kept)
+        # The inverse of a permutation; every place is written once.
+        return torch.zeros_like(order).scatter(1, order, torch.cat([places, joined], dim=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """Every new token is an average of all.
+
+    Attributes:
+        shares: `[B, N, P]`, how each token is divided among the new ones; rows sum to 1.
+    """
+
+    shares: torch.Tensor
+
+    def apply(self, tokens: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Reducer`."""
+        weights = (self.shares * sizes[..., None]).transpose(1, 2)
+        new_sizes = weights.sum(-1)
+        mixed = weights.to(tokens.dtype) @ tokens
+        # A new token that nobody gives to is empty; it must not become NaN.
+        return mixed / new_sizes.clamp(min=1e-6).to(tokens.dtype)[..., None], new_sizes
+
+    def destination(self) -> torch.Tensor:
+        """See `Reducer`: where the largest share went."""
+        return self.shares.argmax(-1)
+
+    def restore(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Reducer`: each token is mixed back from the new ones."""
+        return self.shares.to(tokens.dtype) @ tokens
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Several reductions in a row, the first one first; at least one."""
+
+    parts: tuple[Reducer, ...]
+
+    def apply(self, tokens: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Reducer`."""
+        for part in self.parts:
+            tokens, sizes = part.apply(tokens, sizes)
+        return tokens, sizes
+
+    def destination(self) -> torch.Tensor:
+        """See `Reducer`."""
+        places = self.parts[0].destination()
+        for part in self.parts[1:]:
+            then = part.destination().gather(1, places.clamp(min=0))
+            places = torch.where(places >= 0, then, places)
+        return places
+
+    def restore(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Reducer`."""
+        for part in reversed(self.parts):
+            tokens = part.restore(tokens)
+        return tokens
+
+
+def _is(share: float | torch.Tensor, value: float) -> bool:
+    return isinstance(share, float) and share == value
+
+
+def _column(share: float | torch.Tensor) -> float | torch.Tensor:
+    return share if isinstance(share, float) else share[..., None]

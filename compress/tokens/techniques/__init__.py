@@ -1,0 +1,1 @@
+"""Token techniques by name: pure functions of tensors and integers, one file each."""

@@ -1,0 +1,106 @@
+"""Schedules: their operations by hand, their search against what it should beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from vcompress.compress.tokens.flops import ScheduleCost, counts_of
+from vcompress.compress.tokens.plan import constant_schedule, plan_constant, section_of
+from vcompress.compress.tokens.search import TokenSearch, holds
+from vcompress.compress.tokens.shapes import Candidate, Fitter, Site, starting_shapes
+from vcompress.compress.tokens.trials import Measured, Trials
+from vcompress.models.load import load_model
+from vcompress.models.video import VideoModel
+from vcompress.spec.budget import Budget
+from vcompress.spec.errors import InputError
+
+Tiny = Callable[[str], VideoModel]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.9, 0.7, 0.55])
+def test_a_constant_schedule_keeps_the_ratio(ratio: float) -> None:
+    counts = constant_schedule(1568, 12, ratio)
+    assert np.mean(counts) / 1568 == pytest.approx(ratio, abs=0.001)
+    assert counts[0] == 1568
+    steps = -np.diff(counts)
+    assert steps.max() - steps.min() <= 1
+
+
+def test_a_ratio_that_cannot_be_reached_is_refused(tiny: Tiny) -> None:
+    model = tiny("videomae")
+    with pytest.raises(InputError, match=r"see 0\.41 on average"):
+        plan_constant(model, 0.2, model.example())
+
+
+def test_operations_by_hand(tiny: Tiny) -> None:
+    cost = ScheduleCost.of(tiny("vivit"))
+    # A block: query, key, value, output 4 x 32 x 32 and the MLP 2 x 32 x 64 = 8192 weights; with
+    # the class token 11 tokens: 2 x 8192 x 11 + 4 x 32 x 11^2.
+    assert cost.block(0, 10) == 2 * 8192 * 11 + 4 * 32 * 121
+    # The embedding: 32 patches of 3 x 2 x 8 x 8 values to 32 channels.
+    assert cost.rest == 2 * 32 * 32 * 384
+    assert cost.share([32, 32, 32]) == 1.0
+
+
+def test_every_shape_fits_any_budget(tiny: Tiny) -> None:
+    fitter = Fitter(tiny("videomae"))
+    shapes = list(starting_shapes(3))
+    assert shapes
+    for shape in shapes:
+        sites = tuple(Site(block, "bipartite", share) for block, share in shape)
+        section = fitter.fit(Candidate(sites, "plain"), 0.8)
+        assert section is not None
+        assert 0.7 < fitter.share_of(section) <= 0.8
+    late = Candidate((Site(2, "bipartite", 0.5),), "plain")
+    assert fitter.fit(late, 0.3) is None
+
+
+def test_bars_are_read_off_the_clips() -> None:
+    assert holds(Budget("drop_points", 0.5), Measured(loss=9.0, changed_points=0.5))
+    assert not holds(Budget("drop_points", 0.5), Measured(loss=0.0, changed_points=0.6))
+    # 20 dB: an error of a hundredth of the signal's energy.
+    assert holds(Budget("sqnr_db", 20), Measured(loss=0.01, changed_points=0.0))
+    assert not holds(Budget("sqnr_db", 20), Measured(loss=0.011, changed_points=0.0))
+
+
+@pytest.fixture(scope="module")
+def penvideo() -> tuple[VideoModel, list[torch.Tensor]]:
+    from vcompress.calib.sources import open_clips
+
+    model = load_model("reference:penvideo20")
+    clips = open_clips(
+        "reference:penvideo20", model.clip, part="test", limit=192, seed=0, labels=model.labels
+    )
+    return model, [torch.from_numpy(batch) for batch in clips.batches(64)]
+
+
+def test_the_search_beats_a_constant_schedule_on_other_clips(
+    penvideo: tuple[VideoModel, list[torch.Tensor]],
+) -> None:
+    model, (seen, *others) = penvideo
+    share = 0.5
+    found = TokenSearch(Trials(model, [seen])).at_share(share)
+    assert found.flop_share <= share
+    judge = Trials(model, others)
+    cost = ScheduleCost.of(model)
+    constant = next(
+        section
+        for ratio in np.arange(0.7, 0.3, -0.01)
+        for section in [
+            section_of(model, constant_schedule(128, 4, float(ratio)), "bipartite", "plain")
+        ]
+        if cost.share(counts_of(section, model.token_blocks)) <= share
+    )
+    assert judge.measure(found.section).loss < judge.measure(constant).loss
+
+
+def test_a_bar_of_no_change_is_held(penvideo: tuple[VideoModel, list[torch.Tensor]]) -> None:
+    model, (seen, *_) = penvideo
+    found = TokenSearch(Trials(model, [seen])).within(Budget("drop_points", 0.0))
+    assert found is not None
+    assert found.measured.changed_points == 0.0
+    assert found.flop_share < 0.9
