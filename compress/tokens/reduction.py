@@ -72,24 +72,26 @@ class Reduction:
 
     def apply(self, tokens: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Reducer`. A kept token that nothing joins does not change by a bit."""
-        kept_tokens, kept_sizes = take(tokens, self.kept), take(sizes[..., None], self.kept)
+        column = sizes[..., None]
         if self.source.shape[1] == 0:
-            return kept_tokens, kept_sizes[..., 0]
-        moving_sizes = take(sizes[..., None], self.source)
-        joins = self._joins(tokens.dtype)
+            return take(tokens, self.kept), take(column, self.kept)[..., 0]
         alone = self.kept.shape[1] - self.num_receivers
-        own_sizes = kept_sizes[:, alone:]
+        receivers = self.kept[:, alone:]
+        own, moving = take(column, receivers), take(column, self.source)
+        joins = self._joins(sizes.dtype)
+        merged, grown = take(tokens, receivers), own
         if not _is(self.value_share, 0.0):
-            moving = moving_sizes * _column(self.value_share)
-            # 1 + what joins: exactly 1 where nothing does, and the division changes nothing.
-            weight = 1 + joins @ moving.to(tokens.dtype) / own_sizes
-            joined = joins @ (take(tokens, self.source) * moving.to(tokens.dtype)) / own_sizes
-            merged = (kept_tokens[:, alone:] + joined) / weight
-            kept_tokens = torch.cat([kept_tokens[:, :alone], merged.to(tokens.dtype)], dim=1)
+            counted = joins * (moving * _column(self.value_share)).transpose(1, 2)
+            total = own + counted.sum(-1, keepdim=True)
+            # Everything is divided in the small matrices: wide arrays are passed over least. Where
+            # nothing joins, this multiplies by exactly 1 and adds 0.
+            joined = (counted / total).to(tokens.dtype) @ take(tokens, self.source)
+            merged = merged * (own / total).to(tokens.dtype) + joined
         if not _is(self.size_share, 0.0):
-            grown = own_sizes + joins.to(sizes.dtype) @ (moving_sizes * _column(self.size_share))
-            kept_sizes = torch.cat([kept_sizes[:, :alone], grown], dim=1)
-        return kept_tokens, kept_sizes[..., 0]
+            grown = own + joins @ (moving * _column(self.size_share))
+        new_tokens = torch.cat([take(tokens, self.kept[:, :alone]), merged], dim=1)
+        new_sizes = torch.cat([take(column, self.kept[:, :alone]), grown], dim=1)
+        return new_tokens, new_sizes[..., 0]
 
     def destination(self) -> torch.Tensor:
         """See `Reducer`; -1 for a source that neither counts nor hands over its size."""

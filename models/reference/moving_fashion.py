@@ -66,21 +66,20 @@ def compose(
     backgrounds: list[npt.NDArray[np.uint8]],
     *,
     seed: int,
-    background_gain: float | npt.NDArray[np.float64] = 1.0,
+    windows: npt.NDArray[np.uint8] | None = None,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Render one clip a garment: clips `[N, T=16, H=64, W=64, C=3]` uint8 and labels `[N]`.
 
-    Direction, speed, start, tint and background window are drawn from `seed`. `background_gain`,
-    one number or `[N]`, darkens the background where it is below 1; training starts on black.
+    Direction, speed, start, tint and background window are drawn from `seed`. `windows`
+    `[N, T, H, W, C]`, if given, are the backgrounds instead; all else stays as it is.
     """
     generator = np.random.default_rng(seed)
     clips = np.empty((len(garments.images), NUM_FRAMES, SIZE, SIZE, 3), np.uint8)
     labels = np.empty(len(garments.images), np.int64)
-    gains = np.broadcast_to(background_gain, len(garments.images))
     for n, (image, kind) in enumerate(zip(garments.images, garments.kinds, strict=True)):
         direction = int(generator.integers(8))
         window = _background_window(backgrounds, generator)
-        clips[n] = window if gains[n] == 1 else (window * gains[n]).astype(np.uint8)
+        clips[n] = window if windows is None else windows[n]
         _paste(clips[n], image, _path(direction, generator), generator.uniform(0.6, 1.0, 3))
         labels[n] = int(kind) * 8 + direction
     return clips, labels

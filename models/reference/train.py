@@ -8,11 +8,13 @@ Both are transformers' VideoMAE classifier, trained from random weights with Ada
 schedule and label smoothing, in bfloat16 autocast. The weights are an average over the last steps
 (exponential moving average).
 
-Moving Fashion is hard for a transformer without any prior on images, so it gets three aids, none
+Moving Fashion is hard for a transformer without any prior on images, so it gets four aids, none
 of which the trained model needs:
-- Most tokens of background are dropped at first and come back towards the end (PatchDropout,
-  Liu et al., 2022, arXiv:2208.07220, with VideoMAE's own mask; here the garment's are kept).
+- Most tokens are dropped at first and come back stage by stage (PatchDropout, Liu et al., 2022,
+  arXiv:2208.07220, with VideoMAE's own mask; here the garment's are kept). A fifth of the
+  garment's tokens tell what it is, and cost a fifth: many garments are seen early.
 - Training starts on black and fades the real backgrounds in, clip by clip (a curriculum).
+- Backgrounds are many and varied (see `fashion_clips`).
 - The class is a pair, garment and direction; the loss judges each alone as well as the pair.
 Without them direction is learnt in thousands of steps and the garment not at all.
 """
@@ -36,6 +38,7 @@ from torch.nn import functional
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from vcompress.models.reference import moving_fashion, penvideo, sources
+from vcompress.models.reference.fashion_clips import FashionClips, TrainingClips
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "penvideo20": {
@@ -52,79 +55,117 @@ CONFIGS: dict[str, dict[str, Any]] = {
 _WARM_UP_STEPS = 200
 _EMA_DECAY = 0.998
 _REPORT_STEPS = 100
-# Shares of training between which the brightest and the darkest backgrounds of a batch grow from
-# black to their full brightness; each clip's is drawn between the two.
-_BRIGHTEST, _DARKEST = (0.05, 0.3), (0.3, 0.7)
-# Shares of training between which the share of tokens that is kept grows to all.
-_KEEP_MORE = (0.8, 0.92)
 _ASSETS = Path(__file__).parent / "assets"
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Clips to train on.
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of training.
 
     Attributes:
-        clips: `[N, T, H, W, C]` uint8.
-        labels: `[N]`.
-        objects: `[N, tokens]`, whether the object is in a token; None if nobody knows.
+        steps, batch_size: of the stage.
+        keep_tokens: share of a clip's tokens that the model sees.
+        darkest, brightest: factors between which a clip's background is dimmed, at the stage's
+            first and last step.
     """
 
-    clips: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64]
-    objects: npt.NDArray[np.bool_] | None = None
+    steps: int
+    batch_size: int
+    keep_tokens: float = 1.0
+    darkest: tuple[float, float] = (1.0, 1.0)
+    brightest: tuple[float, float] = (1.0, 1.0)
 
 
-def _ramp(progress: float, between: tuple[float, float]) -> float:
-    """0 before, 1 after and linear `between` two shares of training."""
-    first, last = between
-    return min(1.0, max(0.0, (progress - first) / (last - first)))
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one task is trained.
+
+    Attributes:
+        mean, std: of the input, as in the shipped model's clip specification.
+        learning_rate: the highest.
+        decay_from: share of training after which the rate falls, as a cosine.
+        stages: in their order.
+        factors: sizes of the parts of a class; their product is the number of classes.
+    """
+
+    mean: float
+    std: float
+    learning_rate: float
+    decay_from: float
+    stages: tuple[Stage, ...]
+    factors: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def at(self, step: int) -> tuple[Stage, float]:
+        """The stage of `step`, and which share of it is done."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage, step / stage.steps
+            step -= stage.steps
+        return self.stages[-1], 1.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of `step`."""
+        progress = step / self.steps
+        falling = max(0.0, (progress - self.decay_from) / (1 - self.decay_from))
+        warm = min(1.0, (step + 1) / _WARM_UP_STEPS)
+        return self.learning_rate * warm * (0.5 * (1 + math.cos(math.pi * falling)) + 0.005)
 
 
-def _penvideo_batches(batch_size: int) -> Callable[[float], Batch]:
+RECIPES: dict[str, Recipe] = {
+    # Nearly all pixels are 0: with std 0.1 the pen is not drowned by the position embedding.
+    # Dropping tokens would drop the pen tip, so all are kept.
+    "penvideo20": Recipe(
+        mean=0.0, std=0.1, learning_rate=1e-3, decay_from=0.0, factors=(20,),
+        stages=(Stage(steps=1500, batch_size=64),),
+    ),
+    "moving_fashion": Recipe(
+        mean=0.5, std=0.25, learning_rate=1e-3, decay_from=0.6, factors=(10, 8),
+        stages=(
+            Stage(steps=2_500, batch_size=96, keep_tokens=0.1, darkest=(0, 0), brightest=(0, 0.7)),
+            Stage(
+                steps=2_800, batch_size=32, keep_tokens=0.3125, darkest=(0, 1), brightest=(0.7, 1)
+            ),
+            Stage(steps=1_300, batch_size=32),
+        ),
+    ),
+}  # fmt: skip
+
+
+# From a stage and the share of it that is done.
+Draw = Callable[[Stage, float], TrainingClips]
+
+
+def _penvideo_batches() -> Draw:
     movements, labels = penvideo.split("train")
     generator = np.random.default_rng(1)
 
-    def draw(_progress: float) -> Batch:
+    def draw(stage: Stage, _done: float) -> TrainingClips:
+        batch_size = stage.batch_size
         index = generator.integers(len(labels), size=batch_size)
         # A shift and a scale of the whole movement: handwriting varies so between people.
         scale = generator.uniform(0.85, 1.0, (batch_size, 1, 1))
         shift = generator.uniform(0, 100 * (1 - scale), (batch_size, 1, 2))
         moved = np.rint(movements[index] * scale + shift).astype(np.uint8)
-        return Batch(penvideo.render(moved), labels[index])
+        return TrainingClips(penvideo.render(moved), labels[index])
 
     return draw
 
 
-def _fashion_batches(batch_size: int, root: Path) -> Callable[[float], Batch]:
-    garments = sources.fashion_mnist(root, "train")
-    backgrounds = [sources.background(root, name) for name in ("vtest.avi", "box.mp4", "bikes.mp4")]
-    generator = np.random.default_rng(1)
+def _fashion_batches(root: Path) -> Draw:
+    clips = FashionClips(root, seed=1)
 
-    def draw(progress: float) -> Batch:
-        index = generator.integers(len(garments.images), size=batch_size)
-        images = garments.images[index]
-        flip = generator.random(batch_size) < 0.5
-        images = np.where(flip[:, None, None], images[:, :, ::-1], images)
-        chosen = moving_fashion.Garments(images=images, kinds=garments.kinds[index])
-        gain = generator.uniform(_ramp(progress, _DARKEST), _ramp(progress, _BRIGHTEST), batch_size)
-        seed = int(generator.integers(2**31))
-        alone, labels = moving_fashion.compose(chosen, backgrounds, seed=seed, background_gain=0.0)
-        clips, _ = moving_fashion.compose(chosen, backgrounds, seed=seed, background_gain=gain)
-        return Batch(clips, labels, _occupied_tokens(alone, CONFIGS["moving_fashion"]))
+    def draw(stage: Stage, done: float) -> TrainingClips:
+        darkest, brightest = (
+            first + done * (last - first) for first, last in (stage.darkest, stage.brightest)
+        )
+        return clips.draw(stage.batch_size, darkest, brightest, CONFIGS["moving_fashion"])
 
     return draw
-
-
-def _occupied_tokens(clips: npt.NDArray[np.uint8], config: dict[str, Any]) -> npt.NDArray[np.bool_]:
-    """Which tokens `[N, tokens]` of `clips` `[N, T, H, W, C]` are not all black."""
-    frames, size = config["tubelet_size"], config["patch_size"]
-    num_clips, num_frames, height, width, _ = clips.shape
-    lit = clips.any(-1).reshape(
-        num_clips, num_frames // frames, frames, height // size, size, width // size, size
-    )
-    occupied: npt.NDArray[np.bool_] = lit.any((2, 4, 6)).reshape(num_clips, -1)
-    return occupied
 
 
 def normalise(clips: npt.NDArray[np.uint8], mean: float, std: float) -> torch.Tensor:
@@ -161,64 +202,6 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor, factors: tuple[int, ...]) 
     return loss
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How one task is trained.
-
-    Attributes:
-        mean, std: of the input, as in the shipped model's clip specification.
-        steps, batch_size, learning_rate: of the optimiser; the rate is the highest.
-        restart: step at which a second, shorter cosine takes over, with all tokens and full
-            backgrounds; None for no such.
-        tuning_steps, tuning_rate: of the second cosine.
-        keep_tokens: share of the tokens that training starts with; it ends with all.
-        factors: sizes of the parts of a class; their product is the number of classes.
-    """
-
-    mean: float
-    std: float
-    steps: int
-    batch_size: int
-    learning_rate: float
-    keep_tokens: float
-    factors: tuple[int, ...]
-    restart: int | None = None
-    tuning_steps: int = 0
-    tuning_rate: float = 0.0
-
-    @property
-    def total_steps(self) -> int:
-        """Of both cosines."""
-        return self.steps if self.restart is None else self.restart + self.tuning_steps
-
-
-RECIPES: dict[str, Recipe] = {
-    # Nearly all pixels are 0: with std 0.1 the pen is not drowned by the position embedding.
-    # Dropping tokens would drop the pen tip, so all are kept.
-    "penvideo20": Recipe(
-        mean=0.0,
-        std=0.1,
-        steps=1500,
-        batch_size=64,
-        learning_rate=1e-3,
-        keep_tokens=1.0,
-        factors=(20,),
-    ),
-    "moving_fashion": Recipe(
-        mean=0.5,
-        std=0.25,
-        steps=6_000,
-        batch_size=32,
-        learning_rate=1e-3,
-        keep_tokens=0.3125,
-        factors=(10, 8),
-        restart=5_700,
-        tuning_steps=800,
-        tuning_rate=3e-4,
-    ),
-}
-
-
 class Trainer:
     """Model, average, optimiser and step count; can be stopped and resumed from a checkpoint."""
 
@@ -236,12 +219,12 @@ class Trainer:
             [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
         )
 
-    def run(self, draw: Callable[[float], Batch], checkpoint: Path | None) -> None:
+    def run(self, draw: Draw, checkpoint: Path | None) -> None:
         """Train to the end of the recipe, resuming from `checkpoint` where it exists."""
         if checkpoint is not None and checkpoint.exists():
             self._restore(torch.load(checkpoint, weights_only=True))
         started, first, losses = time.monotonic(), self.step, []
-        while self.step < self.recipe.total_steps:
+        while self.step < self.recipe.steps:
             losses.append(self._step(draw))
             if self.step % _REPORT_STEPS == 0:
                 pace = (time.monotonic() - started) / (self.step - first)
@@ -252,21 +235,15 @@ class Trainer:
                     torch.save(self._state(), temporary)
                     temporary.replace(checkpoint)
 
-    def _step(self, draw: Callable[[float], Batch]) -> float:
-        recipe, progress = self.recipe, self.step / self.recipe.steps
-        if recipe.restart is None or self.step < recipe.restart:
-            rate = recipe.learning_rate * min(1.0, (self.step + 1) / _WARM_UP_STEPS)
-            rate *= 0.5 * (1 + math.cos(math.pi * progress)) + 0.005
-        else:
-            progress, tuned = 1.0, (self.step - recipe.restart) / recipe.tuning_steps
-            rate = recipe.tuning_rate * 0.5 * (1 + math.cos(math.pi * tuned))
+    def _step(self, draw: Draw) -> float:
+        recipe = self.recipe
+        stage, done = recipe.at(self.step)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        batch = draw(progress)
-        keep = recipe.keep_tokens + (1 - recipe.keep_tokens) * _ramp(progress, _KEEP_MORE)
+            group["lr"] = recipe.rate(self.step)
+        batch = draw(stage, done)
         with torch.autocast("cpu", torch.bfloat16):
             pixels = normalise(batch.clips, recipe.mean, recipe.std)
-            logits = _dropped_logits(self.model, pixels, keep, batch.objects)
+            logits = _dropped_logits(self.model, pixels, stage.keep_tokens, batch.objects)
         loss = _loss(logits.float(), torch.from_numpy(batch.labels), recipe.factors)
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -328,11 +305,11 @@ def main() -> None:
         return
     recipe = RECIPES[arguments.task]
     if arguments.task == "penvideo20":
-        draw = _penvideo_batches(recipe.batch_size)
+        draw = _penvideo_batches()
         movements, labels = penvideo.split("test")
         clips = penvideo.render(movements)
     else:
-        draw = _fashion_batches(recipe.batch_size, arguments.data)
+        draw = _fashion_batches(arguments.data)
         clips, labels = moving_fashion.compose(
             moving_fashion.split("test"), moving_fashion.shipped_backgrounds("test"), seed=1
         )

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from vcompress.compress.tokens.reduction import Reduction
+from vcompress.compress.tokens.reduction import Reduction, take
 
 __all__ = ["match", "most_alike", "split_matching"]
 
@@ -59,12 +59,13 @@ def most_alike(
     likeness: torch.Tensor, a_index: torch.Tensor, b_index: torch.Tensor, merges: int
 ) -> Reduction:
     """As `split_matching`, from `likeness` `[B, |A|, |B|]` by any measure; larger is more alike."""
-    best, partner = likeness.max(dim=-1)
+    best = likeness.amax(dim=-1)
     order = best.topk(best.shape[1], dim=1).indices
     source, stays = order[:, :merges], order[:, merges:]
     return Reduction(
         kept=torch.cat([a_index.gather(1, stays), b_index], dim=1),
         source=a_index.gather(1, source),
-        target=partner.gather(1, source),
+        # An index of the largest costs much more than the largest, so only sources ask for it.
+        target=take(likeness, source).argmax(dim=-1),
         num_receivers=b_index.shape[1],
     )
