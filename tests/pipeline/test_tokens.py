@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import vcompress
 from vcompress.calib.sources import ClipRequest, open_clip_sets
+from vcompress.compress.tokens.surgery import apply_reduction
 from vcompress.models.load import load_model
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.planning import apply_plan, make_plan, read_plan
 from vcompress.pipeline.tokens import find_tokens, latency_share
 from vcompress.spec.errors import InputError
 from vcompress.spec.token_section import TokenSection
+from vcompress.validate.latency import LatencyStatistics, measure_interleaved
 
 SOURCE = "reference:penvideo20"
 
@@ -68,8 +73,29 @@ def test_auto_holds_the_bar_on_its_clips(model: VideoModel) -> None:
     assert evidence["flop_share"] < 0.7
 
 
-def test_latency_is_measured(model: VideoModel, found: tuple[Path, TokenSection]) -> None:
-    assert 0.1 < latency_share(model, found[1]) < 1.2
+def test_latency_is_that_of_the_reduced_model_over_that_of_the_model(
+    model: VideoModel, found: tuple[Path, TokenSection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: dict[str, np.ndarray] = {}
+
+    def watched(
+        runners: Mapping[str, Callable[[], Any]], **options: Any
+    ) -> Mapping[str, LatencyStatistics]:
+        outputs.update({name: np.asarray(run()) for name, run in runners.items()})
+        timings = measure_interleaved(runners, **options)
+        speed = timings["reduced"].speed
+        assert speed is not None
+        shares.append(1 / speed.median)
+        return timings
+
+    shares: list[float] = []
+    monkeypatch.setattr("vcompress.pipeline.tokens.measure_interleaved", watched)
+    assert latency_share(model, found[1]) == shares[0] > 0
+    reduced = model.copy()
+    apply_reduction(reduced, found[1])
+    clip = model.example()
+    np.testing.assert_allclose(outputs["model"], model(clip).numpy(), atol=1e-4)
+    np.testing.assert_allclose(outputs["reduced"], reduced(clip).numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize(
