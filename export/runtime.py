@@ -30,6 +30,7 @@ __all__ = [
     "available_providers",
     "open_session",
     "run_with_internal_values",
+    "usable_threads",
 ]
 
 Array = npt.NDArray[Any]
@@ -72,6 +73,20 @@ def available_providers() -> tuple[str, ...]:
     return tuple(_library().get_available_providers())
 
 
+def usable_threads() -> int:
+    """OMP_NUM_THREADS where it is set, else the number of cores that this process may use.
+
+    ONNX Runtime itself takes every core of the machine. In a container, or beside other processes,
+    its threads then wait for one another by spinning, and a run takes many times as long.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def open_session(
     onnx_path: Path, *, providers: tuple[str, ...] = (CPU,), threads: int | None = None
 ) -> Session:
@@ -80,7 +95,7 @@ def open_session(
     Args:
         onnx_path: the model; weights in files beside it are found.
         providers: execution providers in order of preference. All must really be used.
-        threads: of one operator on the CPU; None leaves it to ONNX Runtime, one a core.
+        threads: of one operator on the CPU; None for `usable_threads()`.
 
     Raises:
         InputError: no such file.
@@ -227,8 +242,7 @@ def run_with_internal_values(
 def _options(library: Any, threads: int | None) -> Any:
     options = library.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = usable_threads() if threads is None else threads
     return options
 
 

@@ -19,6 +19,7 @@ from vcompress.compress.numerics import fp8, int8, nvfp4
 from vcompress.export import graph
 from vcompress.export.engine import build_engine
 from vcompress.export.graph import export_onnx
+from vcompress.export.runtime import open_session
 from vcompress.export.ties import count_ties
 from vcompress.spec.errors import BuildError, InputError
 
@@ -31,10 +32,7 @@ FLOAT4E2M1, FLOAT8E4M3FN = onnx.TensorProto.FLOAT4E2M1, onnx.TensorProto.FLOAT8E
 
 
 def run(path: Path, x: torch.Tensor) -> torch.Tensor:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(["output"], {"pixel_values": x.numpy()})[0])
+    return torch.from_numpy(open_session(path).run(x.numpy()))
 
 
 def relative_l2(result: torch.Tensor, expected: torch.Tensor) -> float:

@@ -17,6 +17,7 @@ from vcompress.export.runtime import (
     available_providers,
     open_session,
     run_with_internal_values,
+    usable_threads,
 )
 from vcompress.spec.errors import BuildError, InputError, MissingCapabilityError
 
@@ -242,3 +243,12 @@ def test_a_missing_library_names_the_line_that_installs_it(
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(MissingCapabilityError, match=r"pip install 'vcompress-ai\[cpu\]'"):
         open_session(doubling)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("3", 3), ("0", None), ("", None), ("two", None)])
+def test_threads_are_those_that_the_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, asked: str, expected: int | None
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: {0, 5}, raising=False)
+    assert usable_threads() == (expected or 2)
