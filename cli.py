@@ -61,8 +61,8 @@ def _load_options(values: dict[str, Any]) -> LoadOptions:
 def quantize(model: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Plan, apply, export, build and prove: the whole job for MODEL.
 
-    MODEL is a .pt or .safetensors file, a directory saved by transformers, MODULE:CALLABLE, or
-    reference:penvideo20.
+    MODEL is a .pt or .safetensors file, a directory saved by transformers, MODULE:CALLABLE,
+    reference:penvideo20 or reference:moving-fashion.
     """
     from vcompress import pipeline
     from vcompress.terminal import Console

@@ -20,7 +20,9 @@ import numpy.typing as npt
 from vcompress.models.reference import moving_fashion, sources
 from vcompress.models.reference.moving_fashion import NUM_FRAMES, SIZE, Garments
 
-__all__ = ["FashionClips", "TrainingClips", "occupied_tokens"]
+__all__ = ["FashionClips", "Range", "TrainingClips", "occupied_tokens"]
+
+Range = tuple[float, float]
 
 # Neither is a background of the test or the calibration set.
 _VIDEOS = (
@@ -53,9 +55,16 @@ class FashionClips:
         self._generator = np.random.default_rng(seed)
 
     def draw(
-        self, count: int, darkest: float, brightest: float, config: dict[str, Any]
+        self, count: int, gains: Range, freedoms: Range, config: dict[str, Any]
     ) -> TrainingClips:
-        """`count` clips whose backgrounds are dimmed by factors between the two given."""
+        """`count` clips.
+
+        Args:
+            count: of clips.
+            gains: between which each clip's background is dimmed; 0 is black.
+            freedoms: between which its garment's path is held; see `moving_fashion.compose`.
+            config: of the model, for the size of its tokens.
+        """
         generator = self._generator
         index = generator.integers(len(self._garments.images), size=count)
         images = self._garments.images[index]
@@ -65,10 +74,11 @@ class FashionClips:
         # Every clip brings its own background; `compose` only has to be given some video.
         seed = int(generator.integers(2**31))
         black = [np.zeros((NUM_FRAMES, SIZE, SIZE, 3), np.uint8)]
-        alone, labels = moving_fashion.compose(chosen, black, seed=seed)
-        gains = generator.uniform(darkest, brightest, count)
-        windows = np.stack([self._window() * gain for gain in gains]).astype(np.uint8)
-        clips, _ = moving_fashion.compose(chosen, black, seed=seed, windows=windows)
+        free = generator.uniform(*freedoms, count)
+        alone, labels = moving_fashion.compose(chosen, black, seed=seed, freedoms=free)
+        dimmed = generator.uniform(*gains, count)
+        windows = np.stack([self._window() * gain for gain in dimmed]).astype(np.uint8)
+        clips, _ = moving_fashion.compose(chosen, black, seed=seed, windows=windows, freedoms=free)
         return TrainingClips(clips, labels, occupied_tokens(alone, config))
 
     def _window(self) -> npt.NDArray[np.uint8]:

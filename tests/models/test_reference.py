@@ -14,7 +14,7 @@ from vcompress.models.reference import moving_fashion
 from vcompress.models.reference.catalog import reference_clips
 
 # Well below what the full test set gives (see the README), well above chance.
-FLOORS = {"penvideo20": (90.0, 5.0)}
+FLOORS = {"penvideo20": (90.0, 5.0), "moving-fashion": (55.0, 1.25)}
 
 
 @pytest.mark.parametrize("name", list(FLOORS))
