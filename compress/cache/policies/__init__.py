@@ -1,0 +1,1 @@
+"""The cache policies: one file each, pure functions of explicit state."""
