@@ -1,0 +1,1 @@
+"""Answers over sliding windows of a stream, without computing everything anew."""
