@@ -18,7 +18,7 @@ from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError, MissingCapabilityError
 from vcompress.spec.strict_json import nearest
 
-__all__ = ["REFERENCE_MODELS", "load_reference", "reference_clips"]
+__all__ = ["REFERENCE_MODELS", "REFERENCE_PIPELINES", "load_reference", "reference_clips"]
 
 Part = Literal["calibration", "test"]
 
@@ -44,11 +44,18 @@ REFERENCE_MODELS: dict[str, ReferenceModel] = {
         clip=ClipSpec(num_frames=16, height=64, width=64, mean=(0.5,), std=(0.25,)),
     ),
 }
+REFERENCE_PIPELINES = ("bouncing-garments",)
 _CALIBRATION_SEED = 2
 _TEST_SEED = 1
 
 
 def _entry(name: str) -> ReferenceModel:
+    if name in REFERENCE_PIPELINES:
+        message = (
+            f"{name} is a diffusion pipeline, not a recogniser; "
+            f"use vcompress.models.reference.diffusion_sampler.reference_pipeline({name!r})"
+        )
+        raise InputError(message)
     if name not in REFERENCE_MODELS:
         message = (
             f"no reference model {name!r}; there are: {', '.join(REFERENCE_MODELS)}"
