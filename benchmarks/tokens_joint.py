@@ -38,7 +38,9 @@ def measure(name: str, *, seed: int) -> dict[str, Any]:
     test = [torch.from_numpy(batch) for batch in bench.test.batches(_BATCH_SIZE)]
     labels = torch.as_tensor(bench.labels)
     calibration = bench.calibration.subset(range(_NUM_CLIPS))
-    found = TokenSearch(trials_on(bench.model, bench.calibration, seed)).at_share(SHARE)
+    search = TokenSearch(trials_on(bench.model, bench.calibration, seed))
+    found = search.at_share(SHARE)
+    centers = search.fitted(found.section)
     baseline = top1_percent(bench.model, test, labels)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +52,7 @@ def measure(name: str, *, seed: int) -> dict[str, Any]:
                 if target is None and tokens is None:
                     continue
                 if target is None:
-                    planned = apply_plan_of_tokens(bench.model, found.section)
+                    planned = apply_plan_of_tokens(bench.model, found.section, centers)
                 else:
                     options = Options(target=target, tokens=tokens, seed=seed)
                     plan, tensors = make_plan(bench.model, calibration, options)
@@ -68,12 +70,12 @@ def measure(name: str, *, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def apply_plan_of_tokens(model: Any, section: Any) -> Any:
+def apply_plan_of_tokens(model: Any, section: Any, tensors: Any) -> Any:
     """A copy of `model` with `section` alone."""
     from vcompress.compress.tokens.surgery import apply_reduction
 
     planned = model.copy()
-    apply_reduction(planned, section)
+    apply_reduction(planned, section, tensors)
     return planned
 
 

@@ -7,6 +7,7 @@ Every schedule is chosen on calibration clips and judged on the whole test set.
   were trained with labels.
 - a technique's name: its best starting shape on the calibration clips, without further search.
 - drop, random: the controls, in the shape that is best for bipartite matching.
+- centroids: its centres are fitted to the same calibration clips.
 - search: `vcompress tokens --max-flops`.
 Operations are the formula's; for the search those that really ran are counted beside it.
 """
@@ -31,7 +32,6 @@ from vcompress.compress.tokens.shapes import Candidate, Fitter, Site, starting_s
 from vcompress.compress.tokens.surgery import apply_reduction
 from vcompress.compress.tokens.trials import Trials
 from vcompress.models.video import VideoModel
-from vcompress.spec.errors import InputError
 from vcompress.spec.token_section import TokenSection
 
 __all__ = ["measure", "table", "top1_percent"]
@@ -55,14 +55,13 @@ def measure(name: str, *, seed: int) -> dict[str, Any]:
     for share in SHARES:
         for row_name, section, seconds in _schedules(trials, share):
             planned = bench.model.copy()
-            apply_reduction(planned, section)
-            top1 = top1_percent(planned, test, labels)
             refitted = with_readout(bench.model, section, bench.calibration, seed)
+            apply_reduction(planned, section, refitted.tensors)
+            top1 = top1_percent(planned, test, labels)
             top1_refitted = top1
-            if refitted.readout is not None:
-                assert refitted.section is not None
-                assert refitted.section.readout is not None
-                apply_readout(planned, refitted.section.readout, refitted.readout)
+            assert refitted.section is not None
+            if refitted.section.readout is not None:
+                apply_readout(planned, refitted.section.readout, refitted.tensors)
                 top1_refitted = top1_percent(planned, test, labels)
             rows.append({
                 "share": share, "name": row_name, "top1_percent": top1,
@@ -145,10 +144,9 @@ def _best_shape(trials: Trials, fitter: Fitter, technique: str, share: float) ->
             section = fitter.fit(candidate, share)
             if section is None:
                 continue
-            try:
-                loss = trials.measure(section, max(1, len(trials.batches) // 4)).loss
-            except InputError:  # what this technique cannot do on this model
+            if trials.objection(section) is not None:
                 continue
+            loss = trials.measure(section, max(1, len(trials.batches) // 4)).loss
             if best is None or loss < best[0]:
                 best = (loss, candidate)
     return None if best is None else best[1]

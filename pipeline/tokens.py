@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from vcompress.calib.clips import Clips
+from vcompress.calib.calls import Samples
 from vcompress.compress.tensors import TOKENS, ModelTensors
 from vcompress.compress.tokens.decide import refused_techniques, trials_on, with_readout
 from vcompress.compress.tokens.flops import counts_of
@@ -115,7 +116,7 @@ def find_tokens(
         found, latency = _found(search, model, options, max_flops, max_latency)
         decided = with_readout(model, found.section, clips.calibration, options.seed)
     assert decided.section is not None
-    tensors = {} if decided.readout is None else {TOKENS: decided.readout}
+    tensors = {TOKENS: decided.tensors} if decided.tensors else {}
     evidence = {"flop_share": found.flop_share}
     _write(model, clips.calibration, options, decided.section, tensors, evidence, path)
     counts = counts_of(found.section, model.token_blocks)
@@ -174,7 +175,7 @@ def _within_latency(search: TokenSearch, model: VideoModel, limit: float) -> tup
     share, held = limit, None
     for _ in range(_LATENCY_STEPS):
         found = search.at_share(share)
-        latency = latency_share(model, found.section)
+        latency = latency_share(model, found.section, search.fitted(found.section))
         if latency <= limit and (held is None or latency > held[1]):
             held = (found, latency)
         if _LATENCY_SLACK * limit <= latency <= limit:
@@ -189,14 +190,24 @@ def _within_latency(search: TokenSearch, model: VideoModel, limit: float) -> tup
     return held
 
 
-def latency_share(model: VideoModel, section: TokenSection) -> float:
-    """Wall-clock time of the reduced model over that of the model, one clip, interleaved."""
+def latency_share(
+    model: VideoModel, section: TokenSection,
+    tensors: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> float:  # fmt: skip
+    """Wall-clock time of the reduced model over that of the model, one clip, interleaved.
+
+    Args:
+        model: without reduction.
+        section: to time.
+        tensors: of its fitted techniques.
+    """
     from vcompress.export.graph import export_onnx
     from vcompress.export.runtime import open_session
 
     reduced = model.copy()
-    apply_reduction(reduced, section)
+    apply_reduction(reduced, section, tensors)
     clip = model.example()
+    assert isinstance(clip, torch.Tensor), "models with a grid of tokens take clips"
     with tempfile.TemporaryDirectory() as folder:
         sessions = {}
         for name, module in (("model", model.module), ("reduced", reduced.module)):
@@ -214,7 +225,7 @@ def latency_share(model: VideoModel, section: TokenSection) -> float:
 
 
 def _write(
-    model: VideoModel, calibration: Clips, options: Options, section: TokenSection,
+    model: VideoModel, calibration: Samples, options: Options, section: TokenSection,
     tensors: ModelTensors, evidence: Mapping[str, Any], path: Path,
 ) -> None:  # fmt: skip
     plan = empty_plan(model, calibration, options)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,13 @@ from vcompress.calib.clips import Clips
 from vcompress.calib.load import load_clips
 from vcompress.calib.preprocess import to_frames
 from vcompress.calib.sources import REFERENCE_PREFIX, open_clips
+from vcompress.compress.tensors import TOKENS
 from vcompress.compress.tokens.attention import TokenState
+from vcompress.compress.tokens.fitting import fitted_blocks
 from vcompress.compress.tokens.surgery import apply_reduction
 from vcompress.models.load import load_model
 from vcompress.models.video import VideoModel
+from vcompress.pipeline.planning import read_plan
 from vcompress.pipeline.run import Progress, Silent
 from vcompress.spec.artifact import MANIFEST, Artifact
 from vcompress.spec.clip import ClipSpec
@@ -123,7 +127,8 @@ def view_tokens(
         message = f"{output}: no such folder to write the picture to; choose another --output"
         raise InputError(message)
     require_matplotlib()
-    plan, manifest = _open(file)
+    path, manifest = _open(file)
+    plan = CompressionPlan.load(path)
     if plan.tokens is None:
         message = (
             f"{file}: this plan reduces no tokens, so there is nothing to draw; --tokens of "
@@ -134,21 +139,31 @@ def view_tokens(
         model = _load(file, plan, manifest, source)
     with progress.stage("follow tokens"):
         clips = _open_clip(clip, model.clip)
-        view = follow_tokens(model, plan.tokens, clips)
+        tensors = read_plan(path)[1].get(TOKENS, {}) if fitted_blocks(plan.tokens) else {}
+        view = follow_tokens(model, plan.tokens, clips, tensors)
     with progress.stage("draw"):
         _draw(view, model, clips, output)
     return view
 
 
-def follow_tokens(model: VideoModel, section: TokenSection, clips: Clips) -> TokenView:
+def follow_tokens(
+    model: VideoModel, section: TokenSection, clips: Clips,
+    tensors: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> TokenView:  # fmt: skip
     """Run the first of `clips` through a copy of `model` with the reductions of `section`.
+
+    Args:
+        model: without reduction.
+        section: of the plan.
+        clips: of which the first is taken.
+        tensors: of the section's fitted techniques.
 
     Raises:
         InputError: the section does not fit the model, or keeps all tokens.
     """
     grid = model.token_grid
     working = model.copy()
-    state = apply_reduction(working, section)
+    state = apply_reduction(working, section, tensors)
     if state is None or grid is None:
         message = "the section tokens of the plan keeps every token; there is nothing to draw"
         raise InputError(message)
@@ -193,20 +208,20 @@ def _by_clip(origin: torch.Tensor) -> npt.NDArray[np.int64]:
     return torch.where(origin >= 0, origin + first, origin).numpy()
 
 
-def _open(file: Path) -> tuple[CompressionPlan, Mapping[str, Any] | None]:
-    """The plan in `file`, and the manifest if it is an artifact."""
+def _open(file: Path) -> tuple[Path, Mapping[str, Any] | None]:
+    """Where the plan in `file` is, and the manifest if it is an artifact."""
     if file.is_dir() or file.name == MANIFEST:
         artifact = Artifact.open(file if file.is_dir() else file.parent)
         path = artifact.file("plan")
         if path is None:
             message = f"{artifact.path} has no plan; make the artifact again"
             raise InputError(message)
-        return CompressionPlan.load(path), artifact.manifest
+        return path, artifact.manifest
     if file.suffix != ".json":
         what = "not an artifact directory or a plan.json" if file.exists() else "no such file"
         message = f"{file}: {what}; --tokens draws what the plan in one of these does"
         raise InputError(message)
-    return CompressionPlan.load(file), None
+    return file, None
 
 
 def _load(
@@ -222,9 +237,13 @@ def _load(
             f"{str(plan.model.get('weights_sha256'))[:12]}; name that model with --model"
         )
         raise InputError(message)
-    check_plan(plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256)
+    # The picture shows tokens; attentions are checked where a plan is executed.
+    check_plan(
+        plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256,
+        attentions=tuple(plan.attention or ()),
+    )  # fmt: skip
     if manifest is not None:
-        model = replace(model, clip=ClipSpec.from_dict(dict(manifest["clip"])))
+        model = replace(model, inputs=ClipSpec.from_dict(dict(manifest["clip"])))
     return model
 
 

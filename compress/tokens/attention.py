@@ -10,7 +10,7 @@ Shapes: B sequences, H heads, M tokens, D width of a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from vcompress.compress.tokens.arrangement import Layout
+from vcompress.compress.tokens.pixels import PixelFeature
 from vcompress.compress.tokens.view import AttentionInputs
 
 __all__ = ["STATE", "TokenState", "attend", "install_attention"]
@@ -41,8 +42,8 @@ class TokenState:
         first_positions: `[1, N, 3]` (frame, row, column) of all patches, where the model computes
             with positions; else None.
         positions: `[B', N, 3]`, the same of what is left; None before the first reduction.
-        pixels_change: `[B', N]`, of the clip that entered the model, where a technique reads it;
-            see `View`.
+        pixels: `[B', N]` by feature, of the clip that entered the model, where a technique reads
+            it; see `View`.
         trace: whether to keep `origin`.
         origin: `[B', N at the start]`, where each patch is now, or -1; None before the first
             reduction.
@@ -54,7 +55,7 @@ class TokenState:
     inputs: AttentionInputs | None = None
     first_positions: torch.Tensor | None = None
     positions: torch.Tensor | None = None
-    pixels_change: torch.Tensor | None = None
+    pixels: dict[PixelFeature, torch.Tensor] = field(default_factory=dict)
     trace: bool = False
     origin: torch.Tensor | None = None
 

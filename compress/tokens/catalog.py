@@ -9,10 +9,13 @@ from typing import Literal
 
 import torch
 
+from vcompress.compress.tokens.pixels import PixelFeature
 from vcompress.compress.tokens.reduction import Chain, Reducer
 from vcompress.compress.tokens.techniques import (
     bipartite,
+    centroids,
     controls,
+    detail,
     energy,
     frames,
     grouped,
@@ -27,6 +30,9 @@ from vcompress.spec.strict_json import nearest
 
 __all__ = ["TECHNIQUES", "Technique", "find_technique"]
 
+# From keys `[B T, L, D]`, T and how many places leave.
+PlaceMatch = Callable[[torch.Tensor, int, int], Reducer]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Technique:
@@ -37,11 +43,12 @@ class Technique:
         source: the paper.
         needs_attention: reads query and key of the block before, so it cannot stand first.
         needs_raster: reads the places of tokens in frames, so nothing may have mixed them before.
-        needs_pixels: reads how the pixels of the clip change.
+        pixels: what it reads off the pixels of the clip, if anything.
         num_whole_frames: how many frames of a raster it always keeps whole.
         raster: what becomes of a raster of frames: "lost"; "places", the same ones go in all
             frames; "frames", whole ones go.
         conserves: no patch is lost: the sizes always sum to the number of patches.
+        is_fitted: needs a tensor that calibration finds for each of its places.
         is_control: only to be compared with.
     """
 
@@ -49,10 +56,11 @@ class Technique:
     source: str
     needs_attention: bool = False
     needs_raster: bool = False
-    needs_pixels: bool = False
+    pixels: PixelFeature | None = None
     num_whole_frames: int = 0
     raster: Literal["lost", "places", "frames"] = "lost"
     conserves: bool = True
+    is_fitted: bool = False
     is_control: bool = False
 
 
@@ -100,19 +108,38 @@ def _energy(view: View, keep: int) -> Reducer:
 
 
 def _static_frames(view: View, keep: int) -> Reducer:
-    assert view.pixels_change is not None
     assert view.num_frames is not None
-    return static_frames.reduce(view.pixels_change, view.num_frames, keep)
+    return static_frames.reduce(view.pixels["change"], view.num_frames, keep)
 
 
-def _places(view: View, keep: int) -> Reducer:
+def _centroids(view: View, _keep: int) -> Reducer:
+    assert view.centers is not None
+    if view.centers.shape[1] != view.keys.shape[2]:
+        message = (
+            f"the centres of a token site have {view.centers.shape[1]} channels, the keys there "
+            f"{view.keys.shape[2]}; make the plan again"
+        )
+        raise InputError(message)
+    return centroids.reduce(view.keys, view.centers)
+
+
+def _places(view: View, keep: int, match: PlaceMatch = places.match) -> Reducer:
     assert view.num_frames is not None
     num_frames, num_left = view.num_frames, keep // view.num_frames
     of_frame = _in_rounds(
-        lambda r, keys: places.match(keys, num_frames, r),
+        lambda r, keys: match(keys, num_frames, r),
         num_left,
         torch.unflatten(view.sizes, 1, (num_frames, -1)).flatten(0, 1),
         torch.unflatten(view.keys, 1, (num_frames, -1)).flatten(0, 1),
+    )
+    return places.InEveryFrame(places=of_frame, num_frames=num_frames, num_left=num_left)
+
+
+def _random_places(view: View, keep: int) -> Reducer:
+    assert view.num_frames is not None
+    num_frames, num_left = view.num_frames, keep // view.num_frames
+    of_frame = controls.random(
+        torch.unflatten(view.tokens, 1, (num_frames, -1)).flatten(0, 1), num_left
     )
     return places.InEveryFrame(places=of_frame, num_frames=num_frames, num_left=num_left)
 
@@ -143,6 +170,10 @@ def _drop(view: View, keep: int) -> Reducer:
     return _in_rounds(lambda r, keys: controls.drop(keys, r), keep, view.sizes, view.keys)
 
 
+def _detail(view: View, keep: int) -> Reducer:
+    return detail.reduce(view.pixels["detail"], view.keys, keep)
+
+
 _TOME = "Bolya et al., 2022, arXiv:2210.09461"
 _CONTROLS = "Pollard and Wray, 2025, arXiv:2506.03885"
 
@@ -155,7 +186,13 @@ TECHNIQUES: Mapping[str, Technique] = MappingProxyType({
     "energy": Technique(reduce=_energy, source="Tran et al., 2024, arXiv:2405.16148"),
     "static_frames": Technique(
         reduce=_static_frames, source="Choudhury et al., 2024, arXiv:2411.05222",
-        needs_raster=True, needs_pixels=True, num_whole_frames=1,
+        needs_raster=True, pixels="change", num_whole_frames=1,
+    ),
+    "detail": Technique(
+        reduce=_detail, source="Choudhury et al., 2025, arXiv:2510.18091", pixels="detail"
+    ),
+    "centroids": Technique(
+        reduce=_centroids, source="Wang and Yang, 2024, arXiv:2407.15219", is_fitted=True
     ),
     "places": Technique(
         reduce=_places, source=f"{_TOME}, with one matching for all frames", needs_raster=True,
@@ -176,6 +213,14 @@ TECHNIQUES: Mapping[str, Technique] = MappingProxyType({
     "drop": Technique(reduce=_drop, source=_CONTROLS, conserves=False, is_control=True),
     "random": Technique(
         reduce=lambda view, keep: controls.random(view.tokens, keep), source=_CONTROLS,
+        is_control=True,
+    ),
+    "drop_places": Technique(
+        reduce=lambda view, keep: _places(view, keep, controls.drop_places), source=_CONTROLS,
+        needs_raster=True, raster="places", conserves=False, is_control=True,
+    ),
+    "random_places": Technique(
+        reduce=_random_places, source=_CONTROLS, needs_raster=True, raster="places",
         is_control=True,
     ),
 })  # fmt: skip

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vcompress.calib.clips import Clips, permutation
+from vcompress.calib.calls import Samples, clips_of
+from vcompress.calib.clips import permutation
 from vcompress.compress.context import PlanContext, TokenRequest
 from vcompress.compress.tensors import LayerTensors
 from vcompress.compress.tokens.catalog import TECHNIQUES
@@ -38,20 +39,21 @@ class DecidedTokens:
 
     Attributes:
         section: with the readout's name if it is refitted.
-        readout: its weights then.
+        tensors: its weights then, and what fitted techniques need; for the plan's tensors.
         evidence: for the plan.
     """
 
     section: TokenSection | None
-    readout: LayerTensors | None
+    tensors: LayerTensors
     evidence: Mapping[str, Any]
 
 
 def decide_tokens(model: VideoModel, request: TokenRequest, context: PlanContext) -> DecidedTokens:
     """The section that `request` asks for.
 
-    A section that is given has its readout refitted if it names one, as the tensors of the plan
-    that it comes from are not at hand; otherwise the readout is refitted where that helps.
+    A section that is given has its readout refitted if it names one, and its techniques fitted, as
+    the tensors of the plan that it comes from are not at hand; otherwise the readout is refitted
+    where that helps.
 
     Raises:
         InputError: tokens of `model` cannot be reduced so.
@@ -65,30 +67,38 @@ def decide_tokens(model: VideoModel, request: TokenRequest, context: PlanContext
     if isinstance(request, TokenSection):
         check_section(model, request)
         if request.readout is None:
-            return DecidedTokens(request, None, {"flop_share": _share(model, request)})
+            trials = trials_on(model, context.calibration, context.seed)
+            evidence = {"flop_share": _share(model, request)}
+            return DecidedTokens(request, trials.fitted(request), evidence)
         section = request
     else:
-        section = plan_constant(model, request, context.clips)
+        clips = context.clips
+        assert isinstance(clips, torch.Tensor), "a model with a grid of tokens takes clips"
+        section = plan_constant(model, request, clips)
     refitted = with_readout(model, section, context.calibration, context.seed)
     return replace(refitted, evidence={"flop_share": _share(model, section)})
 
 
 def with_readout(
-    model: VideoModel, section: TokenSection, clips: Clips, seed: int
+    model: VideoModel, section: TokenSection, clips: Samples, seed: int
 ) -> DecidedTokens:
-    """`section` with its readout refitted to `clips`, where that helps."""
-    found = trials_on(model, clips, seed, len(clips)).refitted(section) if section.sites else None
+    """`section` fitted to `clips`, with its readout refitted where that helps."""
+    if not section.sites:
+        return DecidedTokens(replace(section, readout=None), {}, {})
+    trials = trials_on(model, clips, seed, len(clips))
+    tensors, found = trials.fitted(section), trials.refitted(section)
     if found is None:
-        return DecidedTokens(replace(section, readout=None), None, {})
-    return DecidedTokens(replace(section, readout=found[0]), found[1], {})
+        return DecidedTokens(replace(section, readout=None), tensors, {})
+    return DecidedTokens(replace(section, readout=found[0]), {**tensors, **found[1]}, {})
 
 
 def trials_on(
-    model: VideoModel, clips: Clips, seed: int, num_clips: int = NUM_SEARCH_CLIPS
+    model: VideoModel, clips: Samples, seed: int, num_clips: int = NUM_SEARCH_CLIPS
 ) -> Trials:
     """Trials on some of `clips`, drawn from all over them: a folder's stand by class."""
-    chosen = clips.subset(permutation(len(clips), seed)[:num_clips])
-    return Trials(model, [torch.from_numpy(batch) for batch in chosen.batches(_BATCH_SIZE)])
+    chosen = clips_of(clips).subset(permutation(len(clips), seed)[:num_clips])
+    batches = [torch.from_numpy(batch) for batch in chosen.batches(_BATCH_SIZE)]
+    return Trials(model, batches, seed=seed)
 
 
 def refused_techniques(model: VideoModel) -> dict[str, str]:
@@ -112,7 +122,7 @@ def _searched(model: VideoModel, budget: Budget, context: PlanContext) -> Decide
         context.warn(
             "no token schedule holds the bar on the calibration clips, so tokens are left alone"
         )
-        return DecidedTokens(None, None, evidence)
+        return DecidedTokens(None, {}, evidence)
     evidence |= {
         "flop_share": found.flop_share,
         "loss": trials.loss.name,

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from vcompress.compress.tokens.arrangement import Layout
 from vcompress.compress.tokens.catalog import TECHNIQUES
-from vcompress.compress.tokens.rules import objection, objection_to
+from vcompress.compress.tokens.rules import Remains, objection, objection_to
 from vcompress.compress.tokens.surgery import apply_reduction
 from vcompress.models.video import VideoModel
 from vcompress.spec.errors import InputError
 from vcompress.spec.token_section import TokenSection, TokenSite
 
-__all__ = ["constant_schedule", "default_technique", "plan_constant", "section_of", "unit_of"]
+__all__ = ["constant_schedule", "default_technique", "plan_constant", "section_of"]
 
 # What rounding to whole tokens may add to the share that was asked for.
 _RATIO_TOLERANCE = 0.02
@@ -61,17 +60,6 @@ def default_technique(model: VideoModel) -> str:
     raise InputError(message)
 
 
-def unit_of(model: VideoModel, technique: str) -> int:
-    """What counts of patches have to be multiples of, as long as nothing else was reduced."""
-    assert model.token_grid is not None
-    raster = TECHNIQUES[technique].raster
-    if raster == "frames":
-        return model.token_grid.height * model.token_grid.width
-    if raster == "places" or Layout(model.token_grid).sequences_per_clip > 1:
-        return model.token_grid.frames
-    return 1
-
-
 def plan_constant(model: VideoModel, ratio: float, clips: torch.Tensor) -> TokenSection:
     """A constant schedule for `ratio`, with proportional attention if `clips` say it is better.
 
@@ -91,7 +79,7 @@ def plan_constant(model: VideoModel, ratio: float, clips: torch.Tensor) -> Token
     assert model.token_grid is not None
     technique, num_patches = default_technique(model), model.token_grid.num_patches
     counts = constant_schedule(
-        num_patches, len(model.token_blocks), ratio, unit_of(model, technique)
+        num_patches, len(model.token_blocks), ratio, Remains.of(model).unit(TECHNIQUES[technique])
     )
     reached = sum(counts) / len(counts) / num_patches
     if reached > ratio + _RATIO_TOLERANCE:

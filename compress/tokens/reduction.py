@@ -77,6 +77,8 @@ class Reduction:
             return take(tokens, self.kept), take(column, self.kept)[..., 0]
         alone = self.kept.shape[1] - self.num_receivers
         receivers = self.kept[:, alone:]
+        if not _is(self.value_share, 0.0) and 2 * self.source.shape[1] <= self.num_receivers:
+            return self._apply_few(tokens, column, receivers)
         own, moving = take(column, receivers), take(column, self.source)
         joins = self._joins(sizes.dtype)
         merged, grown = take(tokens, receivers), own
@@ -92,6 +94,33 @@ class Reduction:
         new_tokens = torch.cat([take(tokens, self.kept[:, :alone]), merged], dim=1)
         new_sizes = torch.cat([take(column, self.kept[:, :alone]), grown], dim=1)
         return new_tokens, new_sizes[..., 0]
+
+    def _apply_few(
+        self, tokens: torch.Tensor, column: torch.Tensor, receivers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `apply`, where most receivers do not change: only those that do are computed.
+
+        Sources with one target each compute its new row; one gather then takes a row for every
+        token that stays, the old one or the new one.
+        """
+        source, target = self.source, self.target
+        place = receivers.gather(1, target)
+        same = (target[:, :, None] == target[:, None, :]).to(column.dtype)
+        own, moving = take(column, place), take(column, source)
+        counted = same * (moving * _column(self.value_share)).transpose(1, 2)
+        total = own + counted.sum(-1, keepdim=True)
+        joined = (counted / total).to(tokens.dtype) @ take(tokens, source)
+        changed = take(tokens, place) * (own / total).to(tokens.dtype) + joined
+        grown = own + same @ (moving * _column(self.size_share))
+        # Counted from 1, so that 0 is a receiver that nothing joins.
+        numbers = torch.arange(1, source.shape[1] + 1, device=target.device, dtype=torch.float32)
+        last = (self._joins(torch.float32) * numbers).amax(-1).to(target.dtype)
+        rows = torch.where(last > 0, last + (tokens.shape[1] - 1), receivers)
+        rows = torch.cat([self.kept[:, : self.kept.shape[1] - self.num_receivers], rows], dim=1)
+        return (
+            take(torch.cat([tokens, changed], dim=1), rows),
+            take(torch.cat([column, grown], dim=1), rows)[..., 0],
+        )
 
     def destination(self) -> torch.Tensor:
         """See `Reducer`; -1 for a source that neither counts nor hands over its size."""
@@ -133,9 +162,9 @@ class Mixing:
         """See `Reducer`."""
         weights = (self.shares * sizes[..., None]).transpose(1, 2)
         new_sizes = weights.sum(-1)
-        mixed = weights.to(tokens.dtype) @ tokens
         # A new token that nobody gives to is empty; it must not become NaN.
-        return mixed / new_sizes.clamp(min=1e-6).to(tokens.dtype)[..., None], new_sizes
+        averages = weights / new_sizes.clamp(min=1e-30)[..., None]
+        return averages.to(tokens.dtype) @ tokens, new_sizes
 
     def destination(self) -> torch.Tensor:
         """See `Reducer`: where the largest share went."""

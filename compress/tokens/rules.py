@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
 from vcompress.compress.tokens.arrangement import Layout
-from vcompress.compress.tokens.catalog import TECHNIQUES, find_technique
+from vcompress.compress.tokens.catalog import TECHNIQUES, Technique, find_technique
 from vcompress.models.video import VideoModel
 from vcompress.spec.errors import InputError
-from vcompress.spec.token_section import TokenSection
+from vcompress.spec.token_section import TokenSection, TokenSite
 
-__all__ = ["check_section", "frames_at", "objection", "objection_to", "problems_of"]
+__all__ = [
+    "Remains", "check_section", "frames_at", "objection", "objection_to", "problems_of",
+]  # fmt: skip
 
 
 def objection(model: VideoModel) -> str | None:
     """Why tokens of `model` cannot be reduced at all, or None."""
     if model.token_grid is None:
         return f"the token grid of family {model.family!r} is not known"
+    if not model.token_blocks:
+        return (
+            f"tokens are reduced in front of repeated blocks, and family {model.family!r} has no "
+            "two alike here"
+        )
     if model.pooling is None:
         return f"how family {model.family!r} pools its tokens is not known"
     if not hasattr(model.module, "set_attn_implementation"):
@@ -72,68 +82,107 @@ def problems_of(model: VideoModel, section: TokenSection) -> list[str]:
     return problems + _site_problems(model, section)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Remains:
+    """What is left of a clip's patches in front of a block.
+
+    Attributes:
+        tokens: patch tokens of a clip.
+        frames: of the raster of one sequence; None where there is no raster any more.
+        sequences: of a clip.
+    """
+
+    tokens: int
+    frames: int | None
+    sequences: int
+
+    @classmethod
+    def of(cls, model: VideoModel, num_patches: int | None = None) -> Remains:
+        """In front of the first block; `num_patches` are those of the grid by default."""
+        grid = model.token_grid
+        assert grid is not None
+        layout = Layout(grid)
+        return cls(
+            tokens=grid.num_patches if num_patches is None else num_patches,
+            frames=layout.num_frames, sequences=layout.sequences_per_clip,
+        )  # fmt: skip
+
+    def unit(self, technique: Technique) -> int:
+        """What the number of tokens that `technique` keeps has to be a multiple of."""
+        if technique.raster == "places" and self.frames is not None:
+            return self.sequences * self.frames
+        if technique.raster == "frames" and self.frames is not None:
+            return max(1, self.tokens // self.frames)
+        return self.sequences
+
+    def least(self, technique: Technique) -> int:
+        """The fewest tokens that `technique` can keep."""
+        whole = technique.num_whole_frames * self.tokens // self.frames if self.frames else 0
+        return max(whole, self.unit(technique))
+
+    def after(self, technique: Technique, keep: int) -> Remains:
+        """What `technique` leaves when it keeps `keep` tokens."""
+        frames = self.frames
+        if keep == self.tokens or frames is None or technique.raster == "places":
+            return replace(self, tokens=keep)
+        if technique.raster == "lost":
+            return replace(self, tokens=keep, frames=None)
+        return replace(self, tokens=keep, frames=max(1, keep * frames // self.tokens))
+
+
 def frames_at(model: VideoModel, section: TokenSection) -> dict[str, int | None]:
     """Frames of the raster in front of each block; None where there is no raster any more."""
-    assert model.token_grid is not None
-    frames: int | None = Layout(model.token_grid).num_frames
-    left, result = section.num_patches, dict[str, int | None]()
+    left, result = Remains.of(model, section.num_patches), dict[str, int | None]()
     for name in model.token_blocks:
-        result[name] = frames
+        result[name] = left.frames
         site = section.sites.get(name)
-        if site is None or site.keep == left:
-            continue
-        raster = find_technique(site.technique, f"tokens.sites.{name}").raster
-        if raster == "lost":
-            frames = None
-        elif raster == "frames" and frames is not None:
-            frames = max(1, site.keep * frames // left)
-        left = site.keep
+        if site is not None:
+            technique = find_technique(site.technique, f"tokens.sites.{name}")
+            left = left.after(technique, site.keep)
     return result
 
 
 def _site_problems(model: VideoModel, section: TokenSection) -> list[str]:
-    assert model.token_grid is not None
-    sequences, left = Layout(model.token_grid).sequences_per_clip, section.num_patches
-    frames, problems = frames_at(model, section), []
+    left, problems = Remains.of(model, section.num_patches), list[str]()
     for name in model.token_blocks:
         site, where = section.sites.get(name), f"tokens.sites.{name}"
         if site is None:
             continue
         technique = find_technique(site.technique, where)
-        reason = objection_to(model, site.technique)
-        raster = frames[name]
-        if reason is not None:
-            problems.append(f"{where}: {site.technique} is not possible: {reason}")
-        if site.keep > left:
-            problems.append(
-                f"{where}.keep must be at most {left}, the tokens there, got {site.keep}"
-            )
-        elif site.keep < left and technique.needs_attention and name == model.token_blocks[0]:
-            problems.append(
-                f"{where}: {site.technique} reads the attention of the block before; there is none"
-            )
-        elif site.keep < left and technique.needs_raster and raster is None:
-            problems.append(
-                f"{where}: {site.technique} needs frames with their places, which the reduction "
-                "before has mixed"
-            )
-        least = technique.num_whole_frames * left // raster if raster else 0
-        if site.keep < least:
-            problems.append(
-                f"{where}.keep must be at least {least}, since {site.technique} keeps the first "
-                f"frame; got {site.keep}"
-            )
-        unit = _unit(technique.raster, sequences, raster, left)
-        if site.keep % unit:
-            problems.append(f"{where}.keep must be a multiple of {unit}, got {site.keep}")
-        left = site.keep
+        is_first = name == model.token_blocks[0]
+        found = [
+            _impossible(model, site.technique, left if site.keep < left.tokens else None, is_first),
+            _miscounted(site, technique, left),
+        ]
+        problems += [f"{where}{problem}" for part in found for problem in part]
+        left = left.after(technique, site.keep)
     return problems
 
 
-def _unit(raster: str, sequences: int, frames: int | None, left: int) -> int:
-    """What the number of kept tokens has to be a multiple of."""
-    if raster == "places" and frames is not None:
-        return sequences * frames
-    if raster == "frames" and frames is not None:
-        return max(1, left // frames)
-    return sequences
+def _impossible(
+    model: VideoModel, name: str, left: Remains | None, is_first: bool
+) -> Iterator[str]:
+    """Why the technique `name` cannot reduce what is `left`; None if nothing is reduced."""
+    technique, reason = TECHNIQUES[name], objection_to(model, name)
+    if reason is not None:
+        yield f": {name} is not possible: {reason}"
+    if left is None:
+        return
+    if technique.needs_attention and is_first:
+        yield f": {name} reads the attention of the block before; there is none"
+    elif technique.needs_raster and left.frames is None:
+        yield (f": {name} needs frames with their places, which the reduction before has mixed")
+
+
+def _miscounted(site: TokenSite, technique: Technique, left: Remains) -> Iterator[str]:
+    """What is wrong with the number of tokens that `site` keeps of what is `left`."""
+    unit, least = left.unit(technique), left.least(technique)
+    if site.keep > left.tokens:
+        yield f".keep must be at most {left.tokens}, the tokens there, got {site.keep}"
+    if technique.num_whole_frames and site.keep < least:
+        yield (
+            f".keep must be at least {least}, since {site.technique} keeps the first frame; got "
+            f"{site.keep}"
+        )
+    if site.keep % unit:
+        yield f".keep must be a multiple of {unit}, got {site.keep}"

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
+
 from vcompress.compress.tokens.catalog import TECHNIQUES
 from vcompress.compress.tokens.plan import default_technique
 from vcompress.compress.tokens.rules import objection_to
@@ -96,6 +98,10 @@ class TokenSearch:
             best, carried = found, [found.candidate, *carried]
         return best
 
+    def fitted(self, section: TokenSection) -> dict[str, torch.Tensor]:
+        """Tensors of the fitted techniques in `section`, fitted to the search clips."""
+        return self._trials.fitted(section)
+
     def _finalists(self, share: float) -> list[Found]:
         """The best few candidates, judged on all clips, the best first."""
         plain = default_technique(self._trials.model)
@@ -138,7 +144,7 @@ class TokenSearch:
         if not _is_ordered(candidate, len(self._trials.model.token_blocks)):
             return None
         section = self._fitter.fit(candidate, share)
-        if section is None:
+        if section is None or self._trials.objection(section) is not None:
             return None
         measured = self._trials.measure(section, num_batches)
         return Found(section, measured, self._fitter.share_of(section), candidate)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from vcompress.compress.tokens.catalog import TECHNIQUES
 from vcompress.compress.tokens.flops import ScheduleCost, counts_of
-from vcompress.compress.tokens.plan import unit_of
-from vcompress.compress.tokens.rules import problems_of
+from vcompress.compress.tokens.rules import Remains, problems_of
 from vcompress.models.video import VideoModel
 from vcompress.spec.token_section import TokenSection, TokenSite
 
@@ -75,7 +75,9 @@ class Fitter:
     def fit(self, candidate: Candidate, share: float) -> TokenSection | None:
         """The largest section of `candidate` within `share` of the operations.
 
-        None where even its smallest is above, or where `model` does not take it.
+        None where even its smallest is above, or where `model` does not take it. Counts are what
+        each technique can keep of what the one before it left: whole frames of the places that are
+        left, the same number of places in the frames that are left.
         """
         low, high = 0.0, _LARGEST_EXPONENT
         section = self._section(candidate, high)
@@ -95,18 +97,16 @@ class Fitter:
         return self.cost.share(counts_of(section, self._model.token_blocks))
 
     def _section(self, candidate: Candidate, exponent: float) -> TokenSection:
-        left, sites = self._grid.num_patches, {}
+        left, sites = Remains.of(self._model), {}
         for site in candidate.sites:
-            unit = self._unit(site.technique)
+            technique = TECHNIQUES[site.technique]
+            unit = left.unit(technique)
             wanted = self._grid.num_patches * site.share**exponent
-            keep = min(left, max(unit, unit * round(wanted / unit)))
-            if keep < left:
+            keep = min(left.tokens, max(left.least(technique), unit * round(wanted / unit)))
+            if keep < left.tokens:
                 block = self._model.token_blocks[site.block]
                 sites[block] = TokenSite(technique=site.technique, keep=keep)
-                left = keep
+                left = left.after(technique, keep)
         return TokenSection(
             attention=candidate.attention, num_patches=self._grid.num_patches, sites=sites
         )
-
-    def _unit(self, technique: str) -> int:
-        return unit_of(self._model, technique)

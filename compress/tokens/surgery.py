@@ -7,7 +7,9 @@ end gets the size-weighted average. What a family needs beyond this stands in `f
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,27 +19,50 @@ from vcompress.compress.tokens.arrangement import Layout
 from vcompress.compress.tokens.attention import TokenState, install_attention
 from vcompress.compress.tokens.catalog import Technique, find_technique
 from vcompress.compress.tokens.families import FAMILIES
+from vcompress.compress.tokens.pixels import PIXEL_FEATURES, PixelFeature
 from vcompress.compress.tokens.rules import check_section, frames_at
-from vcompress.compress.tokens.techniques import static_frames
 from vcompress.compress.tokens.view import View
 from vcompress.models.video import VideoModel
 from vcompress.spec import clip
+from vcompress.spec.errors import InputError
 from vcompress.spec.token_section import TokenSection
 
-__all__ = ["apply_reduction"]
+__all__ = ["Watch", "apply_reduction", "centers_name"]
+
+# Given what a site sees.
+Watch = Callable[[View], None]
 
 
-def apply_reduction(model: VideoModel, section: TokenSection) -> TokenState | None:
+def centers_name(block: str) -> str:
+    """What the tensor of a fitted technique in front of `block` is called."""
+    return f"centers_{block}"
+
+
+def apply_reduction(
+    model: VideoModel, section: TokenSection,
+    tensors: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    watch: Mapping[str, Watch] = MappingProxyType({}),
+) -> TokenState | None:  # fmt: skip
     """Install `section` in `model.module`; returns the state that its hooks share.
 
     A section that keeps all tokens everywhere changes nothing at all and returns None.
 
+    Args:
+        model: whose module is changed, in place.
+        section: what is done.
+        tensors: of fitted techniques, by `centers_name`.
+        watch: by block, what is shown the site's view before it reduces.
+
     Raises:
-        InputError: the section does not fit the model; the message lists everything.
+        InputError: the section does not fit the model, the message lists everything; or a tensor
+            is missing or of another shape.
     """
     check_section(model, section)
     assert model.token_grid is not None
-    sites = _active_sites(model, section)
+    sites = {
+        name: replace(site, watch=watch.get(name), centers=_centers(name, site, tensors, watch))
+        for name, site in _active_sites(model, section).items()
+    }
     if not sites:
         return None
     layout = Layout(model.token_grid)
@@ -53,8 +78,10 @@ def apply_reduction(model: VideoModel, section: TokenSection) -> TokenState | No
             [model.layer(name) for name in model.token_grid.readers],
             state,
         )
-    if any(site.technique.needs_pixels for site in sites.values()):
-        model.module.register_forward_pre_hook(_Pixels(state, model.clip.layout))
+    features = {site.technique.pixels for site in sites.values()} - {None}
+    for feature in sorted(features, key=str):
+        assert feature is not None
+        model.module.register_forward_pre_hook(_Pixels(state, model.clip.layout, feature))
     model.layer(blocks[0]).register_forward_pre_hook(_Start(state))
     for name in blocks:
         if name in sites:
@@ -82,11 +109,13 @@ class _Pixels:
 
     state: TokenState
     layout: clip.Layout
+    feature: PixelFeature
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.state.pixels_change = static_frames.pixels_change(
-            inputs[0], self.layout, self.state.layout.grid
-        )
+        tokens = self.state.layout
+        found = PIXEL_FEATURES[self.feature](inputs[0], self.layout, tokens.grid)
+        per_sequence = tokens.grid.num_patches // tokens.sequences_per_clip
+        self.state.pixels[self.feature] = found.reshape(-1, per_sequence)
 
 
 @dataclass
@@ -98,6 +127,8 @@ class _Site:
     num_frames: int | None
     is_first: bool
     state: TokenState | None = None
+    centers: torch.Tensor | None = None
+    watch: Watch | None = None
 
     def __call__(
         self, _block: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
@@ -120,15 +151,17 @@ class _Site:
         view = View(
             tokens=tokens, sizes=sizes, keys=keys, attention=inputs,
             num_special=state.layout.grid.special, num_frames=self.num_frames,
-            pixels_change=state.pixels_change,
+            pixels=state.pixels, centers=self.centers,
         )  # fmt: skip
+        if self.watch is not None:
+            self.watch(view)
         reducer = self.technique.reduce(view, self.keep)
         positions = state.positions_of(tokens)
         if positions is not None:
             state.positions, _ = reducer.apply(positions, sizes)
-        if state.pixels_change is not None:
-            changes, _ = reducer.apply(state.pixels_change[..., None], sizes)
-            state.pixels_change = changes[..., 0]
+        for feature, values in state.pixels.items():
+            averaged, _ = reducer.apply(values[..., None], sizes)
+            state.pixels[feature] = averaged[..., 0]
         if state.trace:
             state.origin = _followed(state.origin, reducer.destination())
         tokens, state.sizes = reducer.apply(tokens, sizes)
@@ -167,6 +200,21 @@ def _active_sites(model: VideoModel, section: TokenSection) -> dict[str, _Site]:
         )
         left = site.keep
     return sites
+
+
+def _centers(
+    block: str, site: _Site, tensors: Mapping[str, torch.Tensor], watch: Mapping[str, Watch]
+) -> torch.Tensor | None:
+    if not site.technique.is_fitted or block in watch:
+        return None
+    centers = tensors.get(centers_name(block))
+    if centers is None or centers.ndim != 2 or centers.shape[0] != site.keep:
+        message = (
+            f"tokens.sites.{block}: the tensors file has no {site.keep} centres for it; use "
+            "another technique there, or make the plan again"
+        )
+        raise InputError(message)
+    return centers
 
 
 def _followed(origin: torch.Tensor | None, destination: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from vcompress.compress.losses import TaskLoss, loss_of
 from vcompress.compress.tensors import LayerTensors
+from vcompress.compress.tokens.fitting import fit_sites, fitted_blocks, objection_to_fit
 from vcompress.compress.tokens.readout import (
     Features,
     cross_fitted,
@@ -50,20 +51,23 @@ class Trials:
 
     Args:
         model: without reduction.
-        batches: clips `[B, *input_shape]`; together the search clips.
+        batches: clips `[B, *input_shape]`; together the search clips, to which techniques that
+            need it are fitted too.
+        seed: of these fits.
         on_trial: called after each measurement that was not remembered.
     """
 
     def __init__(
         self, model: VideoModel, batches: Sequence[torch.Tensor],
-        on_trial: Callable[[int], None] = lambda _count: None,
+        on_trial: Callable[[int], None] = lambda _count: None, seed: int = 0,
     ) -> None:  # fmt: skip
-        self.model, self.batches, self._on_trial = model, batches, on_trial
+        self.model, self.batches, self._on_trial, self._seed = model, batches, on_trial, seed
         self.loss: TaskLoss = loss_of(model.task)
         self.num_clips = sum(len(batch) for batch in batches)
         self._references = [model(batch) for batch in batches]
         self._readout = readout_of(model) if self.num_clips >= _MIN_CLIPS_TO_REFIT else None
         self._known: dict[tuple[str, int], Measured] = {}
+        self._fitted: dict[str, dict[str, torch.Tensor]] = {}
 
     @property
     def num_measured(self) -> int:
@@ -79,6 +83,19 @@ class Trials:
             self._on_trial(1)
         return self._known[key]
 
+    def objection(self, section: TokenSection) -> str | None:
+        """Why `section` cannot be fitted to these clips, or None."""
+        return objection_to_fit(self.model, section, self.num_clips)
+
+    def fitted(self, section: TokenSection) -> dict[str, torch.Tensor]:
+        """Tensors of the fitted techniques in `section`, fitted to these clips."""
+        if not fitted_blocks(section):
+            return {}
+        key = repr(section.as_dict())
+        if key not in self._fitted:
+            self._fitted[key] = fit_sites(self.model, section, self.batches, self._seed)
+        return self._fitted[key]
+
     def refitted(self, section: TokenSection) -> tuple[str, LayerTensors] | None:
         """The readout and its weights for `section`; None where that gains nothing."""
         if self._readout is None:
@@ -92,7 +109,7 @@ class Trials:
 
     def _reduced(self, section: TokenSection) -> VideoModel:
         trial = self.model.copy()
-        apply_reduction(trial, section)
+        apply_reduction(trial, section, self.fitted(section))
         return trial
 
     def _run(self, section: TokenSection, num_batches: int) -> Measured:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
+
+from vcompress.compress.tokens.pixels import PixelFeature
 
 __all__ = ["AttentionInputs", "View"]
 
@@ -47,8 +50,10 @@ class View:
         num_special: S, leading tokens of `attention`.
         num_frames: T while the tokens are a raster of T frames with N / T places each (frames
             first), None once they are not.
-        pixels_change: `[B, N]`, how much the pixels of each token differ from those one frame
-            earlier; None unless the technique asks for it.
+        pixels: `[B, N]` by feature, what each token's pixels are like; those that the section's
+            techniques ask for.
+        centers: `[P, D]`, what calibration found for this place; None unless the technique is
+            fitted.
     """
 
     tokens: torch.Tensor
@@ -57,4 +62,5 @@ class View:
     attention: AttentionInputs | None = None
     num_special: int = 0
     num_frames: int | None = None
-    pixels_change: torch.Tensor | None = None
+    pixels: Mapping[PixelFeature, torch.Tensor] = field(default_factory=dict)
+    centers: torch.Tensor | None = None

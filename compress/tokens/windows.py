@@ -6,9 +6,8 @@ asymmetric reduction (Sun et al., 2024, arXiv:2412.11706); matching inside windo
 merge with attention (Lu et al., 2025, arXiv:2509.10918). Written from the papers.
 What we changed: receivers stand at fixed places rather than at random ones, so that a graph stays
 the same from run to run; every window of one shape keeps the same number of tokens, so the matching
-costs N x window rather than N x N, a TopK sees one window alone (TensorRT takes up to 3840 entries:
-a window of more tokens runs in torch and ONNX Runtime only), and all shapes are integers. Axes that
-a window does not divide are cut into windows that differ in length by at most one.
+costs N x window rather than N x N, sorting sees one window alone, and all shapes are integers. Axes
+that a window does not divide are cut into windows that differ in length by at most one.
 
 Shapes: R rows (sequences x heads), N = frames x height x width tokens, K tokens that are kept,
 C width. "Window order" is window after window, those of one shape together, in each the tokens

@@ -9,7 +9,7 @@ In frames of an even number of places a place is in the same set in all frames, 
 joins itself at another time; `frames`, `energy` and `static_frames` do that. Chequerboards over
 time or height instead cost more on the reference model when half of the tokens go.
 
-The ranking is one TopK over N / 2 tokens.
+The ranking is one sort of N / 2 tokens.
 
 Shapes: B sequences, N tokens, D width of a key, r tokens that are merged.
 Tokens at even positions form the set A (ceil(N/2)), at odd positions the set B (floor(N/2)).
@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from vcompress.compress.tokens.ranking import descending
 from vcompress.compress.tokens.reduction import Reduction, take
 
 __all__ = ["match", "most_alike", "split_matching"]
@@ -60,7 +61,7 @@ def most_alike(
 ) -> Reduction:
     """As `split_matching`, from `likeness` `[B, |A|, |B|]` by any measure; larger is more alike."""
     best = likeness.amax(dim=-1)
-    order = best.topk(best.shape[1], dim=1).indices
+    order = descending(best)
     source, stays = order[:, :merges], order[:, merges:]
     return Reduction(
         kept=torch.cat([a_index.gather(1, stays), b_index], dim=1),

@@ -3,7 +3,7 @@
 Source: learnable token merging (Wang and Yang, 2024, arXiv:2407.15219) multiplies tokens by a mask
 that a trained module writes. What we changed: nothing is trained. The centres are those of weighted
 spherical k-means on keys of calibration clips, begun as k-means++ (Arthur and Vassilvitskii, 2007);
-the mask is softmax(cosine(key, centre) / temperature).
+the mask is softmax(cosine(key, centre) / temperature). Temperatures are tried on the same clips.
 
 Two products and a softmax: no TopK, no gather, any number of tokens. The price is that assignment
 is soft and that the centres know only what calibration showed.
@@ -18,9 +18,13 @@ from torch.nn import functional
 
 from vcompress.compress.tokens.reduction import Mixing
 
-__all__ = ["fit_centroids", "reduce"]
+__all__ = ["fit", "fit_centroids", "reduce"]
 
-_MAX_ROUNDS = 50
+_MAX_ROUNDS = 25
+# Keys that centres are fitted to, and tokens that a temperature is judged on.
+_MAX_KEYS = 4096
+# At the least, a share of a token is at least exp(-2 / 0.03), whose logarithm is finite.
+_TEMPERATURES = (0.03, 0.06, 0.12, 0.25)
 
 
 def fit_centroids(keys: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -51,17 +55,42 @@ def fit_centroids(keys: torch.Tensor, count: int, generator: torch.Generator) ->
     return centers.to(keys.dtype)
 
 
-def reduce(keys: torch.Tensor, centroids: torch.Tensor, temperature: float) -> Mixing:
+def reduce(keys: torch.Tensor, centers: torch.Tensor) -> Mixing:
     """Divide each token among the centres that its key is like.
 
     Args:
         keys: `[B, N, D]`.
-        centroids: `[P, D]`.
-        temperature: of cosines; the lower, the harder the assignment.
+        centers: `[P, D]`, each as long as 1 / temperature: the colder, the harder the assignment.
     """
     unit = functional.normalize(keys.float(), dim=-1)
-    cosine = unit @ functional.normalize(centroids.float(), dim=-1).T
-    return Mixing(shares=(cosine / temperature).softmax(dim=-1))
+    return Mixing(shares=(unit @ centers.to(unit).T).softmax(dim=-1))
+
+
+def fit(
+    keys: torch.Tensor, tokens: torch.Tensor, count: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Centres for `reduce`, at the temperature at which most of the tokens comes back.
+
+    Args:
+        keys: `[B, N, D]`, of calibration clips, on the CPU.
+        tokens: `[B, N, C]`, of the same.
+        count: P.
+        generator: draws the keys that are looked at, and the first centres.
+    """
+    every = keys.flatten(0, 1)
+    few = max(_MAX_KEYS, 8 * count)
+    seen = every[torch.randperm(len(every), generator=generator)[:few]]
+    sequences = -(-_MAX_KEYS // keys.shape[1])
+    keys, tokens = keys[:sequences], tokens[:sequences]
+    centers = fit_centroids(seen, count, generator)
+    sizes = torch.ones_like(tokens[..., 0])
+
+    def error(temperature: float) -> float:
+        mixing = reduce(keys, centers / temperature)
+        back = mixing.restore(mixing.apply(tokens, sizes)[0])
+        return float(torch.linalg.vector_norm(back - tokens))
+
+    return centers / min(_TEMPERATURES, key=error)
 
 
 def _first_centers(

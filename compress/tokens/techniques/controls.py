@@ -4,6 +4,7 @@ Source: the controls of Pollard and Wray, 2025, arXiv:2506.03885, written from t
 matches as `bipartite` does, but those that would merge leave; what it loses against merging is what
 merging is worth. `random` averages tokens that have nothing to do with each other: it stands for a
 wrong index.
+`drop_places` does to whole places, in all frames alike, what `drop` does to tokens.
 What we changed: `random` draws its indices once, from a fixed seed, and they are constants of the
 graph; any token may be a source.
 
@@ -18,9 +19,9 @@ import torch
 
 from vcompress.calib.clips import permutation
 from vcompress.compress.tokens.reduction import Reduction
-from vcompress.compress.tokens.techniques import bipartite
+from vcompress.compress.tokens.techniques import bipartite, places
 
-__all__ = ["drop", "random"]
+__all__ = ["drop", "drop_places", "random"]
 
 _SEED = 0
 
@@ -28,6 +29,11 @@ _SEED = 0
 def drop(keys: torch.Tensor, merges: int) -> Reduction:
     """Drop the `merges` tokens of A that are most like a token of B; arguments as `match` has."""
     return replace(bipartite.match(keys, merges), value_share=0.0, size_share=0.0)
+
+
+def drop_places(keys: torch.Tensor, num_frames: int, merges: int) -> Reduction:
+    """Drop the `merges` places that are most like another one; arguments as of `places.match`."""
+    return replace(places.match(keys, num_frames, merges), value_share=0.0, size_share=0.0)
 
 
 def random(like: torch.Tensor, keep: int) -> Reduction:

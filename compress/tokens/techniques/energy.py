@@ -6,7 +6,7 @@ energetic, in this order, go to A and B in turn, and each of A joins its best in
 What we changed: the paper lowers the margin with depth, which a technique does not know; here it is
 the mean cosine of the sequence, which measures what that schedule anticipates.
 
-All N x N likenesses are computed, 4 times what `bipartite` needs. The ranking is one TopK over
+All N x N likenesses are computed, 4 times what `bipartite` needs. The ranking is one sort of
 all N tokens.
 
 Shapes: B sequences, N tokens, D width of a key, r tokens that are merged.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from vcompress.compress.tokens.ranking import descending
 from vcompress.compress.tokens.reduction import Reduction, take
 
 __all__ = ["energy", "match"]
@@ -43,7 +44,7 @@ def match(keys: torch.Tensor, merges: int, margin: float | None = None) -> Reduc
         merges: r, at most floor(N/2).
         margin: see `energy`.
     """
-    order = energy(keys, margin).topk(keys.shape[1], dim=1).indices
+    order = descending(energy(keys, margin))
     mergeable, protected = order[:, : 2 * merges], order[:, 2 * merges :]
     a_index, b_index = mergeable[:, ::2], mergeable[:, 1::2]
     a, b = (functional.normalize(take(keys, index).float(), dim=-1) for index in (a_index, b_index))

@@ -7,7 +7,7 @@ What we changed: the paper takes the most frequent index and the most frequent s
 score is the mean likeness of its places to the elected partner, since floats are rarely equal. Of
 equal partners the nearest in time is taken. The frames that are left stay in the order of time.
 
-The ranking is one TopK over T / 2 frames.
+The rankings sort T / 2 and T - r frames.
 
 Shapes: B sequences, T frames, K of them kept, r that leave, L places, C width, D width of a key.
 Frames at even times form the set A, at odd times the set B.
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from vcompress.compress.tokens.ranking import ascending, descending
 from vcompress.compress.tokens.reduction import Reduction, take
 
 __all__ = ["WholeFrames", "match"]
@@ -111,10 +112,10 @@ def match(keys: torch.Tensor, num_frames: int, merges: int) -> WholeFrames:
     ballots = likeness.argmax(dim=-1)[..., None] == torch.arange(len(odd), device=keys.device)
     mean = likeness.mean(dim=1)
     partner = (ballots.float().sum(dim=1) + _LESS_THAN_A_VOTE * mean).argmax(dim=-1)
-    order = mean.gather(2, partner[..., None])[..., 0].topk(len(even), dim=1).indices
+    order = descending(mean.gather(2, partner[..., None])[..., 0])
     source, stays = order[:, :merges], order[:, merges:]
     both = torch.cat([2 * stays, odd.expand(keys.shape[0], -1)], dim=1)
-    kept = both.sort(dim=1).values
+    kept = ascending(both)
     elected = 2 * partner.gather(1, source) + 1
     return WholeFrames(
         kept=kept,

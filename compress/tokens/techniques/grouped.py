@@ -8,8 +8,8 @@ A fixed number stays. While the tokens are a raster, every frame keeps the same 
 so that no moment is lost; what is over goes to the best of the rest.
 
 What leaves is lost, sizes do not sum to the number of patches. One row of attention is computed.
-The ranking is one TopK over the places of each frame and, if K is no multiple of T, one over the
-rest; without a raster, one over all N tokens.
+The ranking sorts the places of each frame and, if K is no multiple of T, the rest; without a
+raster, all N tokens.
 
 Shapes: B sequences, M = S + N tokens of the attention, N patch tokens in T frames, D width of a
 key, K tokens that stay.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from vcompress.compress.tokens.ranking import descending
 from vcompress.compress.tokens.reduction import Reduction, take
 from vcompress.compress.tokens.view import AttentionInputs
 
@@ -47,13 +48,13 @@ def reduce(scores: torch.Tensor, keys: torch.Tensor, num_frames: int, keep: int)
     """
     places = scores.shape[1] // num_frames
     evenly, over = divmod(keep, num_frames)
-    best = torch.unflatten(scores, 1, (num_frames, places)).topk(places, dim=2)
+    of_frame = torch.unflatten(scores, 1, (num_frames, places))
+    best = descending(of_frame)
     first = torch.arange(num_frames, device=scores.device)[:, None] * places
-    order = best.indices + first
+    order = best + first
     kept, rest = order[..., :evenly].flatten(1), order[..., evenly:].flatten(1)
     if over:
-        ranks = best.values[..., evenly:].flatten(1).topk(rest.shape[1], dim=1).indices
-        rest = rest.gather(1, ranks)
+        rest = rest.gather(1, descending(scores.gather(1, rest)))
         kept, rest = torch.cat([kept, rest[:, :over]], dim=1), rest[:, over:]
     unit = functional.normalize(keys.float(), dim=-1)
     likeness = take(unit, rest) @ take(unit, kept).transpose(1, 2)

@@ -5,7 +5,7 @@ What we changed: there is one matching for all frames, over places; two places a
 are on average over the frames (mean of the cosines). In models with divided or factorised attention
 a matching of each frame for itself would tear apart what a place means from frame to frame.
 
-Each frame averages by its own sizes. The ranking is one TopK over L / 2 places.
+Each frame averages by its own sizes. The ranking is one sort of L / 2 places.
 
 Shapes: B sequences, T frames, L places, D width of a key, r places that are merged.
 """

@@ -8,7 +8,7 @@ What we changed: where all tokens attend equally sharply there is no background,
 reduction below half of the tokens repeats the matching, which carries saliency along.
 
 The whole attention map of the block before is computed once more, without a fused kernel, so a
-place costs about an attention of its own. The ranking is one TopK over N / 2 tokens.
+place costs about an attention of its own. The ranking is one sort of N / 2 tokens.
 
 Shapes: B sequences, H heads, M = S + N tokens of the attention, N patch tokens, C width,
 r tokens that are merged.

@@ -10,7 +10,7 @@ token are compared with all of the one before (Choudhury et al. compare the firs
 the last of the next), so that a change of 0 means the same token but for its position. Only
 neighbours in time are compared: a slow drift is seen only as far as K leaves room for it.
 
-The ranking is one TopK over all N tokens.
+The ranking is one sort of all N tokens and one of those that stay.
 
 Shapes: B sequences, N = T L tokens in T frames of L places, K tokens that stay.
 """
@@ -19,42 +19,14 @@ from __future__ import annotations
 
 import torch
 
+from vcompress.compress.tokens.ranking import ascending, descending
 from vcompress.compress.tokens.reduction import Reduction
-from vcompress.models.video import TokenGrid
-from vcompress.spec import clip
 
-__all__ = ["pixels_change", "reduce"]
+__all__ = ["reduce"]
 
 # Among equal changes (still pictures have nothing else) the earlier token stays, on every runtime.
 # Far below a step of 8 bits even for the last of 10^5 tokens.
 _TIE_BREAK = 1e-9
-_TO_NTCHW = {"NTCHW": (0, 1, 2, 3, 4), "NCTHW": (0, 2, 1, 3, 4), "NTHWC": (0, 1, 4, 2, 3)}
-
-
-def pixels_change(clips: torch.Tensor, layout: clip.Layout, grid: TokenGrid) -> torch.Tensor:
-    """Mean absolute difference of each token's pixels to those of the token one frame earlier.
-
-    Args:
-        clips: model inputs, their axes in the order of `layout`.
-        layout: of `clips`.
-        grid: into which tokens the model cuts them.
-
-    Returns:
-        `[B, T L]`, frames first; 0 in the first frame.
-    """
-    frames = clips.permute(_TO_NTCHW[layout]).float()
-    height, width = frames.shape[-2] // grid.height, frames.shape[-1] // grid.width
-    # A tubelet's frames and channels become channels; pixels that fill no patch are left out.
-    depth = frames.shape[1] // grid.frames
-    frames = frames[:, : grid.frames * depth, :, : grid.height * height, : grid.width * width]
-    tubes = frames.reshape(
-        -1, grid.frames, depth * frames.shape[2], grid.height * height, grid.width * width
-    )
-    change = (tubes[:, 1:] - tubes[:, :-1]).abs().mean(dim=2)
-    patches = change.reshape(-1, grid.frames - 1, grid.height, height, grid.width, width)
-    change = patches.mean(dim=(3, 5)).flatten(1)
-    first = torch.zeros_like(change[:, :1]).expand(-1, grid.height * grid.width)
-    return torch.cat([first, change], dim=1)
 
 
 def reduce(change: torch.Tensor, num_frames: int, keep: int) -> Reduction:
@@ -74,8 +46,8 @@ def reduce(change: torch.Tensor, num_frames: int, keep: int) -> Reduction:
     scores = torch.cat([first.expand(-1, 1, places), raster[:, 1:]], dim=1)
     # Counted place by place, the last token that stayed before another one is of its place: every
     # place begins with the first frame.
-    order = scores.transpose(1, 2).flatten(1).topk(num_tokens, dim=1).indices
-    kept, source = order[:, :keep].sort(dim=1).values, order[:, keep:]
+    order = descending(scores.transpose(1, 2).flatten(1))
+    kept, source = ascending(order[:, :keep]), order[:, keep:]
     target = (kept[:, None, :] <= source[:, :, None]).sum(dim=-1) - 1
     to_raster = index.view(num_frames, places).t().reshape(-1)
     kept, source = (

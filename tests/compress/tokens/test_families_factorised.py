@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,9 @@ def test_the_forms_of_proportional_attention_agree(kind: str) -> None:
     ("kind", "attention"),
     [("divided", "proportional_fused"), ("joint", "plain"), ("recogniser", "proportional")],
 )
-def test_reduced_models_export_and_match(tmp_path: Path, kind: str, attention: str) -> None:
+def test_reduced_models_export_match_and_build(
+    tmp_path: Path, builds_in_tensorrt: Callable[..., None], kind: str, attention: str
+) -> None:
     model = build(kind)
     # Below half of the places at once: two rounds of matching.
     planned, _ = reduced(model, (14, 6, 5), attention)
@@ -188,6 +191,7 @@ def test_reduced_models_export_and_match(tmp_path: Path, kind: str, attention: s
         assert not torch.allclose(expected, model(clips), atol=1e-4)
         assert np.allclose(session.run(clips.numpy()), expected.numpy(), atol=1e-5)
     assert not {node.op_type for node in onnx.load(path).graph.node} & FORBIDDEN
+    builds_in_tensorrt(path)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -268,6 +272,23 @@ def test_blocks_behind_the_spatial_tower_are_paid_for() -> None:
     auxiliary = 2 * weights * patches + 4 * 32 * patches**2
     total = cost.rest + 3 * spatial + 2 * temporal + 2 * auxiliary
     assert cost.total([patches] * 3) == total
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+def test_controls_exist_for_places(kind: str) -> None:
+    model = build(kind)
+    clips = model.example(2)
+    for technique in ("drop_places", "random_places"):
+        assert objection_to(model, technique) is None
+        planned = model.copy()
+        state = apply_reduction(planned, section_of(model, [48, 30, 15], technique, "plain"))
+        assert state is not None
+        state.trace = True
+        assert not torch.allclose(planned(clips), model(clips), atol=1e-4)
+        assert state.origin is not None
+        gone = (state.origin < 0).reshape(2, FRAMES, PLACES)
+        assert torch.equal(gone, gone[:, :1].expand_as(gone))
+        assert gone.any() == (technique == "drop_places")
 
 
 def test_a_share_of_places_is_planned() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,9 @@ def test_copies_with_other_schedules_do_not_disturb_each_other(model: VideoModel
 
 
 @pytest.mark.parametrize("attention", ["plain", "proportional_fused"])
-def test_it_exports_and_matches(model: VideoModel, tmp_path: Path, attention: str) -> None:
+def test_it_exports_matches_and_builds(
+    model: VideoModel, tmp_path: Path, builds_in_tensorrt: Callable[..., None], attention: str
+) -> None:
     # A reduction in front of the first block, and one to less than half.
     planned, _ = reduced(model, [28, 12, 9], attention)
     path = tmp_path / "reduced.onnx"
@@ -193,3 +196,5 @@ def test_it_exports_and_matches(model: VideoModel, tmp_path: Path, attention: st
         assert not torch.allclose(expected, model(clips), atol=1e-4)
         assert np.allclose(session.run(clips.numpy()), expected.numpy(), atol=1e-5)
     assert not {node.op_type for node in onnx.load(path).graph.node} & FORBIDDEN
+    if attention == "plain":
+        builds_in_tensorrt(path)

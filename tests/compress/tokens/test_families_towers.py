@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,9 @@ def test_copies_with_other_schedules_do_not_disturb_each_other(family: str) -> N
 @pytest.mark.parametrize(
     ("family", "attention"), [*zip(FAMILIES, [*ATTENTIONS, "plain"], strict=True)]
 )
-def test_it_exports_and_matches(tmp_path: Path, family: str, attention: str) -> None:
+def test_it_exports_matches_and_builds(
+    tmp_path: Path, builds_in_tensorrt: Callable[..., None], family: str, attention: str
+) -> None:
     model = tower(family)
     # A reduction in front of the first block, and one to less than half.
     planned, _ = reduced(model, [28, 12, 10], attention)
@@ -175,6 +178,7 @@ def test_it_exports_and_matches(tmp_path: Path, family: str, attention: str) -> 
         assert not torch.allclose(expected, model(clips), atol=1e-4)
         assert np.allclose(session.run(clips.numpy()), expected.numpy(), atol=1e-5)
     assert not {node.op_type for node in onnx.load(path).graph.node} & FORBIDDEN
+    builds_in_tensorrt(path)
 
 
 def test_a_quantized_tower_still_knows_the_type_of_its_weights() -> None:
@@ -188,6 +192,29 @@ def test_a_quantized_tower_still_knows_the_type_of_its_weights() -> None:
     embeddings.patch_embedding = freeze(embeddings.patch_embedding, "int8", amax)
     assert embeddings.patch_embedding.weight.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(planned(clips), expected, dim=-1).min() > 0.9
+
+
+def test_each_frame_merges_its_own_flat_patches() -> None:
+    # Ten flat patches in each frame, other ones in every frame and clip.
+    model = tower("dinov2_with_registers")
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.stack([torch.randperm(16, generator=generator)[:10] for _ in range(4)])
+    frames = torch.randn(4, 16, 3, 8, 8, generator=generator)
+    for frame, places in zip(frames, flat, strict=True):
+        frame[places] = torch.randn(10, 3, 1, 1, generator=generator)
+    pixels = frames.reshape(2, 2, 4, 4, 3, 8, 8).permute(0, 1, 4, 2, 5, 3, 6)
+    planned = model.copy()
+    state = apply_reduction(planned, section_of(model, [18, 18, 18], "detail", "proportional"))
+    assert state is not None
+    state.trace = True
+    planned(pixels.reshape(2, *model.clip.input_shape))
+    assert state.origin is not None
+    assert state.sizes is not None
+    # Nine stay: six with detail, and three flat ones that take in the others.
+    merged = state.sizes.gather(1, state.origin) > 1
+    detailed = torch.ones(4, 16, dtype=torch.bool).scatter(1, flat, False)
+    assert not (merged & detailed).any()
+    assert (state.sizes > 1).sum(1).max() <= 3
 
 
 def test_frames_share_the_count() -> None:

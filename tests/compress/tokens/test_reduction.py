@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,6 +43,31 @@ def test_shares_weigh_the_sources() -> None:
     merged, sizes = Reduction(**INDICES, value_share=half, size_share=half).apply(TOKENS, SIZES)
     assert column(merged)[0] == pytest.approx([1.0, 6.4, 6.0])
     assert sizes.tolist() == [[2.0, 2.5, 1.0]]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, torch.tensor([[0.25, 1.0, 0.0]])])
+def test_few_sources_say_the_same_as_many(share: float | torch.Tensor) -> None:
+    # Tokens 0 and 9 join token 4, token 7 joins token 2; with few receivers the whole one-hot
+    # matrix is multiplied, with many only the rows that change.
+    few = Reduction(
+        kept=torch.tensor([[3, 1, 2, 4, 5, 6, 8, 10, 11]]), source=torch.tensor([[0, 7, 9]]),
+        target=torch.tensor([[1, 0, 1]]), num_receivers=7, value_share=share, size_share=share,
+    )  # fmt: skip
+    many = replace(few, kept=few.kept[:, [0, 1, 4, 5, 6, 7, 8, 2, 3]], num_receivers=2)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 12, 64, generator=generator)
+    sizes = 3 * torch.rand(2, 12, generator=generator) + 1
+    both = [
+        replace(each, kept=each.kept.expand(2, -1), source=each.source.expand(2, -1),
+                target=each.target.expand(2, -1))
+        for each in (few, many)
+    ]  # fmt: skip
+    (merged, grown), (expected, sized) = (each.apply(tokens, sizes) for each in both)
+    order = [0, 1, 7, 8, 2, 3, 4, 5, 6]
+    assert torch.allclose(merged, expected[:, order], atol=1e-6)
+    assert torch.allclose(grown, sized[:, order])
+    assert torch.equal(merged[:, 4:], tokens[:, [5, 6, 8, 10, 11]])
+    assert not torch.allclose(merged[:, 3], tokens[:, 4])
 
 
 def test_a_run_takes_over_sizes_only() -> None:

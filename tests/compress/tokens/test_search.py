@@ -12,13 +12,14 @@ from vcompress.compress.tokens.flops import ScheduleCost, counts_of
 from vcompress.compress.tokens.plan import constant_schedule, plan_constant, section_of
 from vcompress.compress.tokens.search import TokenSearch, holds
 from vcompress.compress.tokens.shapes import Candidate, Fitter, Site, starting_shapes
+from vcompress.compress.tokens.surgery import apply_reduction
 from vcompress.compress.tokens.trials import Measured, Trials
 from vcompress.models.load import load_model
 from vcompress.models.video import VideoModel
 from vcompress.spec.budget import Budget
 from vcompress.spec.errors import InputError
 
-Tiny = Callable[[str], VideoModel]
+Tiny = Callable[..., VideoModel]
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.9, 0.7, 0.55])
@@ -57,6 +58,27 @@ def test_every_shape_fits_any_budget(tiny: Tiny) -> None:
         assert 0.7 < fitter.share_of(section) <= 0.8
     late = Candidate((Site(2, "bipartite", 0.5),), "plain")
     assert fitter.fit(late, 0.3) is None
+
+
+@pytest.mark.parametrize(("first", "second"), [("places", "frames"), ("frames", "places")])
+def test_whole_frames_of_fewer_places_are_fitted(tiny: Tiny, first: str, second: str) -> None:
+    # 2 frames of 16 places: what is left of one decides what the other can keep.
+    model = tiny("vivit")
+    candidate = Candidate((Site(0, first, 0.5), Site(1, second, 0.25)), "plain")
+    section = Fitter(model).fit(candidate, 0.55)
+    assert section is not None
+    kept = [section.sites[name].keep for name in model.token_blocks[:2]]
+    # Half of the places of both frames, then one of the frames; or the other way round.
+    assert kept[1] % (kept[0] // 2 if second == "frames" else 1) == 0
+    planned = model.copy()
+    apply_reduction(planned, section)
+    assert torch.isfinite(planned(model.example())).all()
+
+
+def test_a_model_of_one_block_says_why(tiny: Tiny) -> None:
+    model = tiny("vivit", num_hidden_layers=1)
+    with pytest.raises(InputError, match="tokens are reduced in front of repeated blocks, and fam"):
+        plan_constant(model, 0.5, model.example(2))
 
 
 def test_bars_are_read_off_the_clips() -> None:

@@ -37,9 +37,10 @@ def test_no_reduction_changes_no_bit(tiny: Tiny, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", list(ATTENTIONS))
-def test_reduced_models_export_and_match(
-    tiny: Tiny, tmp_path: Path, family: str, attention: str
-) -> None:
+def test_reduced_models_export_match_and_build(
+    tiny: Tiny, tmp_path: Path, builds_in_tensorrt: Callable[..., None], family: str,
+    attention: str,
+) -> None:  # fmt: skip
     model = tiny(family)
     planned = model.copy()
     # Below half of the tokens at once: two rounds of matching.
@@ -53,6 +54,8 @@ def test_reduced_models_export_and_match(
         assert not torch.equal(expected, model(clips))
         assert np.allclose(session.run(clips.numpy()), expected.numpy(), atol=1e-5)
     assert not {node.op_type for node in onnx.load(path).graph.node} & FORBIDDEN
+    if attention == "proportional":
+        builds_in_tensorrt(path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
+from vcompress.compress.tokens.pixels import pixels_change, pixels_detail
 from vcompress.compress.tokens.techniques import (
     bipartite,
     centroids,
     controls,
+    detail,
     energy,
     frames,
     grouped,
@@ -138,8 +140,48 @@ def test_pixels_are_compared_a_tubelet_earlier(layout: str, dtype: torch.dtype) 
     clips[0, 1, 2, 4] = 200
     order = {"NTCHW": (0, 1, 2, 3, 4), "NCTHW": (0, 2, 1, 3, 4), "NTHWC": (0, 1, 3, 4, 2)}
     grid = TokenGrid(frames=2, height=2, width=2)
-    change = static_frames.pixels_change(clips.to(dtype).permute(order[layout]), layout, grid)
+    change = pixels_change(clips.to(dtype).permute(order[layout]), layout, grid)
     assert change.tolist() == [[0, 0, 0, 0, 0, 0, 0, 10]]
+
+
+@pytest.mark.parametrize("layout", ["NTCHW", "NTHWC"])
+def test_detail_is_the_deviation_inside_a_token(layout: str) -> None:
+    # One tubelet of two frames, 1 x 2 patches of 2 x 2 pixels, 2 channels. A colour is no detail,
+    # in the first patch; one of eight values of one channel is 8 above the others in the second:
+    # its variance is 64 / 8 * 7 / 8 = 7.
+    clips = torch.zeros(1, 2, 2, 2, 4)
+    clips[:, :, 0, :, :2] = 3.0
+    clips[:, :, 1] = -5.0
+    clips[0, 1, 1, 0, 3] += 8
+    order = {"NTCHW": (0, 1, 2, 3, 4), "NTHWC": (0, 1, 3, 4, 2)}
+    grid = TokenGrid(frames=1, height=1, width=2)
+    found = pixels_detail(clips.permute(order[layout]), layout, grid)
+    assert found[0].tolist() == pytest.approx([0.0, math.sqrt(7) / 2])
+
+
+def test_flat_tokens_join_flat_ones() -> None:
+    # Six are kept: four with most detail, and two of the flat ones 0, 2, 3, 5, 6, 8, which stand
+    # at the second and the fifth of them. The others join the one they are like.
+    strength = torch.tensor([[0.0, 9.0, 0.0, 1e-7, 4.0, 0.0, 0.0, 5.0, 0.0, 6.0]])
+    keys = torch.zeros(1, 10, 2)
+    keys[0, [0, 2, 8]] = torch.tensor([1.0, 0.0])
+    keys[0, [3, 5, 6]] = torch.tensor([0.0, 1.0])
+    reduction = detail.reduce(strength, keys, keep=6)
+    assert detail.num_flat(6) == 2
+    assert reduction.kept.tolist() == [[1, 9, 7, 4, 2, 6]]
+    assert reduction.destination().tolist() == [[4, 0, 4, 5, 3, 5, 5, 2, 4, 1]]
+    tokens = torch.arange(10.0).view(1, 10, 1)
+    merged, sizes = reduction.apply(tokens, torch.ones(1, 10))
+    assert merged[0, :, 0].tolist() == pytest.approx([1, 9, 7, 4, 10 / 3, 14 / 3])
+    assert sizes.tolist() == [[1, 1, 1, 1, 3, 3]]
+
+
+def test_whole_places_are_dropped() -> None:
+    # As in the test of places: 2 leaves, in both frames, and nothing of it is left.
+    first = torch.stack([*unit(0, 0, 1), torch.tensor([0.0, 0.6, 0.8, 0.0])])
+    second = torch.stack([*unit(0, 1, 2), torch.tensor([0.0, 0.0, 0.8, 0.6])])
+    dropping = controls.drop_places(torch.stack([first, second]), num_frames=2, merges=1)
+    assert dropping.destination().tolist() == [[0, 1, -1, 2], [0, 1, -1, 2]]
 
 
 def test_places_are_alike_in_all_frames_or_not_at_all() -> None:
@@ -261,12 +303,12 @@ def test_sharp_centroids_merge_groups_without_loss() -> None:
     groups = torch.tensor([[0, 1, 2, 1, 0, 2, 2]])
     keys = torch.eye(3)[groups] + 0.01 * torch.randn(1, 7, 3, generator=generator)
     fitted = centroids.fit_centroids(keys[0], 3, generator)
-    mixing = centroids.reduce(keys, fitted, temperature=0.01)
+    mixing = centroids.reduce(keys, fitted / 0.01)
     tokens = torch.randn(1, 3, 5, generator=generator)[:, groups[0]]
     merged, sizes = mixing.apply(tokens, torch.ones(1, 7))
     assert torch.allclose(mixing.restore(merged), tokens, atol=1e-5)
     assert sizes.sum().item() == pytest.approx(7)
     assert sorted(round(size, 3) for size in sizes[0].tolist()) == [2, 2, 3]
     # A temperature without end divides every token evenly.
-    soft = centroids.reduce(keys, fitted, temperature=1e6)
+    soft = centroids.reduce(keys, fitted / 1e6)
     assert torch.allclose(soft.shares, torch.full((1, 7, 3), 1 / 3), atol=1e-5)
