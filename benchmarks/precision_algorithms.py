@@ -24,10 +24,11 @@ from vcompress.calib.observe import observe
 from vcompress.compress import modelopt_bridge
 from vcompress.compress.algorithms.problem import Solution
 from vcompress.compress.block_error import replaced_all
-from vcompress.compress.calibration import calibrate_layers, freeze_solutions, without_harm
+from vcompress.compress.calibration import calibrate_layers, freeze_solutions
 from vcompress.compress.context import PlanContext
 from vcompress.compress.frozen import FrozenLayer
 from vcompress.compress.quantize import candidate_formats
+from vcompress.compress.whole_model import without_harm
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.run import Silent
 from vcompress.spec.defaults import MAX_LAYER_ERROR
@@ -106,8 +107,8 @@ def _unguarded(
     """What modelopt's algorithm gives, whether it helps or not."""
 
     def run_clips(subject: VideoModel) -> None:
-        for batch in context.calibration.batches(_BATCH_SIZE):
-            subject(torch.from_numpy(batch))
+        for batch in context.calibration.tensors(_BATCH_SIZE):
+            subject(batch)
 
     amax = context.stats.input_amax
     # The product leaves convolutions to plain rounding.

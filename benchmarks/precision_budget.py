@@ -6,7 +6,9 @@ scales, ours the bits that are stored, 32 for a kept float32 layer. Both plans b
 vcompress applies with plain rounding, and are judged on held-out clips. Since our count is the
 stricter one, our search runs once more for each plan of the peer with the bits of this plan in our
 count as its bound: `ours_at_its_bits`. Linear layers that receive the same tensor share a format in
-our plans, as a runtime that fuses them needs it; in those of the peer they need not.
+our plans, as a runtime that fuses them needs it; in those of the peer they need not. What this
+costs is shown by the same search without it, from the same predictions: `free`, in our count and at
+the bits of the peer's plan, and `free_in_peer_count`, where the bound too is in the peer's count.
 
 Seconds: both sides count the calibration of ranges on all calibration clips. Ours are `observe`,
 freezing, prediction, grouping and the choice; those of the peer are in `peers/modelopt_auto.py`.
@@ -25,8 +27,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from vcompress.benchmarks.peers.modelopt_auto import (
     DEFAULT_CALIB_STEPS,
     DEFAULT_SCORE_STEPS,
@@ -39,10 +39,13 @@ from vcompress.benchmarks.precision_judge import Judge, finite, warm_up
 from vcompress.benchmarks.zoo import BenchModel
 from vcompress.calib.observe import observe
 from vcompress.calib.stats import Stats
-from vcompress.compress.mixed import NUM_COMPARISON_CLIPS, NUM_PREDICTION_CLIPS, NUM_PROBES
+from vcompress.compress.losses import loss_of
+from vcompress.compress.mixed import NUM_COMPARISON_CLIPS, NUM_PREDICTION_CLIPS
 from vcompress.compress.precision_search import (
+    NUM_PROBES,
+    Comparison,
     PrecisionSearch,
-    batches_of,
+    comparison_of,
     freeze_candidates,
     predict_sensitivities,
 )
@@ -57,6 +60,7 @@ FORMATS = ("nvfp4", "int8", "fp8")
 BOUNDS = (4.8, 5.5, 6.5)
 METHODS: tuple[Method, ...] = ("gradient", "kl_div")
 _MARGIN_BITS = 0.5
+_NEEDS = frozenset({"input_amax", "outputs"})
 _BATCH_SIZE = 8  # that of our search
 _DEFAULTS = "gradient, documented defaults"
 
@@ -67,14 +71,34 @@ class _Ours:
 
     stats: Stats
     search: PrecisionSearch
-    batches: list[torch.Tensor]
+    free: PrecisionSearch
+    free_in_peer_count: PrecisionSearch
+    comparison: Comparison
     seconds: Mapping[str, float]
 
     def choose(self, effective_bits: float) -> tuple[dict[str, str], dict[str, float]]:
         """The formats under a bound in our count, and the seconds of the search by part."""
         start = time.perf_counter()
-        found = self.search.choose(effective_bits * self.search.num_weights, self.batches)
+        found = self.search.choose(effective_bits * self.search.num_weights, self.comparison)
         return dict(found.formats), {**self.seconds, "choose": time.perf_counter() - start}
+
+    def choose_freely(
+        self, effective_bits: float, *, in_peer_count: bool = False
+    ) -> dict[str, str]:
+        """The formats where layers that share an input need not share a format."""
+        search = self.free_in_peer_count if in_peer_count else self.free
+        found = search.choose(effective_bits * search.num_weights, self.comparison)
+        return dict(found.formats)
+
+
+class _InPeerCount(PrecisionSearch):
+    """A search whose bits are those that modelopt counts."""
+
+    def bits(self, formats: Mapping[str, str]) -> float:
+        return sum(
+            math.prod(self._model.layers[name].weight_shape) * BITS[format_name]
+            for name, format_name in formats.items()
+        )
 
 
 def _prepare(bench: BenchModel, seed: int) -> _Ours:
@@ -82,20 +106,22 @@ def _prepare(bench: BenchModel, seed: int) -> _Ours:
     warm_up()
     times = [time.perf_counter()]
     layers = {name: model.layer(name) for name in model.layers}
-    stats = observe(model, layers, clips, needs=frozenset({"input_amax"}), batch_size=_BATCH_SIZE)
+    stats = observe(model, layers, clips, needs=_NEEDS, batch_size=_BATCH_SIZE)
     times.append(time.perf_counter())
     candidates = freeze_candidates(model, FORMATS, stats.input_amax)
     times.append(time.perf_counter())
     sensitivities = predict_sensitivities(
-        model, candidates, clips, num_clips=NUM_PREDICTION_CLIPS, num_probes=NUM_PROBES, seed=seed
+        model, candidates, clips, num_clips=NUM_PREDICTION_CLIPS, outputs=stats.outputs, seed=seed
     )
     times.append(time.perf_counter())
     precision_search = PrecisionSearch(model, candidates, sensitivities)
-    batches = batches_of(clips, NUM_COMPARISON_CLIPS)
+    comparison = comparison_of(model, clips, NUM_COMPARISON_CLIPS, outputs=stats.outputs, seed=seed)
     times.append(time.perf_counter())
     parts = zip(("calibrate", "freeze", "predict", "group"), pairwise(times), strict=True)
     return _Ours(
-        stats=stats, search=precision_search, batches=batches,
+        stats=stats, search=precision_search, comparison=comparison,
+        free=PrecisionSearch(model, candidates, sensitivities, share_inputs=False),
+        free_in_peer_count=_InPeerCount(model, candidates, sensitivities, share_inputs=False),
         seconds={name: end - start for name, (start, end) in parts},
     )  # fmt: skip
 
@@ -205,7 +231,11 @@ def measure(
                 {part: round(seconds, 3) for part, seconds in run.items()} for run in runs
             ],
         }
-        rows.append({"effective_bits_at_most": bound, "ours": mine, "peers": compared})
+        ours_free = {
+            "free": plans.facts(plans.choices(ours.choose_freely(bound))),
+            "free_in_peer_count": _if_it_can(plans, bound),
+        }
+        rows.append({"effective_bits_at_most": bound, "ours": mine, **ours_free, "peers": compared})
     return {
         **judge.facts(),
         "formats": list(FORMATS),
@@ -215,11 +245,20 @@ def measure(
             "batch_size": _BATCH_SIZE,
             "calibration_clips": len(bench.calibration),
             "score_clips": min(NUM_PREDICTION_CLIPS, len(bench.calibration)),
-            "our_probes": NUM_PROBES,
+            "our_probes": NUM_PROBES[loss_of(bench.model.task).name],
+            "comparison_clips": min(NUM_COMPARISON_CLIPS, len(bench.calibration)),
             "documented_defaults": [DEFAULT_CALIB_STEPS, DEFAULT_SCORE_STEPS],
         },
         "rows": rows,
     }
+
+
+def _if_it_can(plans: _Plans, bound: float) -> dict[str, Any] | None:
+    """Ours without groups and in the peer's count; None where the bound is too low for that."""
+    search = plans.ours.free_in_peer_count
+    if bound * search.num_weights < search.fewest_bits:
+        return None
+    return plans.facts(plans.choices(plans.ours.choose_freely(bound, in_peer_count=True)))
 
 
 def _peer(
@@ -243,16 +282,17 @@ def _compared(plans: _Plans, peer: PeerPlan, our_seconds: float) -> dict[str, An
     """The peer's plan, our search's time as a share of its own, and ours at its bits."""
     choices = to_plan(plans.bench.model, peer, plans.ours.stats)
     bits = plans.bits({name: choice.format for name, choice in choices.items()})
+    search = plans.ours.search
     # Where layers share an input we have fewer plans; the cheapest may be above the peer's.
-    formats, _ = plans.ours.choose(
-        max(bits, plans.ours.search.fewest_bits / plans.ours.search.num_weights)
-    )
+    formats, _ = plans.ours.choose(max(bits, search.fewest_bits / search.num_weights))
+    freely = plans.ours.choose_freely(bits)
     return {
         **plans.facts(choices),
         "meets_the_bound": peer.satisfied,
         "seconds": round(peer.seconds, 3),
         "our_seconds_percent": finite(100 * our_seconds / peer.seconds),
         "ours_at_its_bits": plans.facts(plans.choices(formats)),
+        "free_at_its_bits": plans.facts(plans.choices(freely)),
     }
 
 
@@ -260,8 +300,9 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """One row for each model, bound and peer, in Markdown; bits as "theirs / ours"."""
     lines = [
         "| model | bits | who | bits, peer's / our count | loss | metric | s | "
-        "loss: ours / peer's | the same at equal bits in our count | time: ours / peer's % |",
-        "|---" * 10 + "|",
+        "loss: ours / peer's | free | free, peer's count | at its bits | free, at its bits | "
+        "time: ours / peer's % |",
+        "|---" * 13 + "|",
     ]
     for name, entry in entries.items():
         if entry["bounds_that_cannot_be_met"]:
@@ -269,23 +310,38 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
             fewest = entry["fewest_effective_bits"]
             lines.append(
                 f"| {name} | {cannot} | nobody: it takes {fewest['peer']:.2f} / "
-                f"{fewest['ours']:.2f} |" + " |" * 7
+                f"{fewest['ours']:.2f} |" + " |" * 10
             )
         for row in entry["rows"]:
-            bound, mine = f"{row['effective_bits_at_most']:g}", row["ours"]
-            lines.append(f"| {name} | {bound} | ours | {_plan_cells(mine)} | | | |")
-            for peer, result in row["peers"].items():
-                if isinstance(result, str):
-                    lines.append(f"| {name} | {bound} | {peer} | {result} |" + " |" * 6)
-                    continue
-                who = peer if result["meets_the_bound"] else f"{peer} (misses the bound)"
-                lines.append(
-                    f"| {name} | {bound} | {who} | {_plan_cells(result)} | "
-                    f"{_ratio(mine['loss'], result['loss'])} | "
-                    f"{_ratio(result['ours_at_its_bits']['loss'], result['loss'])} | "
-                    f"{result['our_seconds_percent']:.1f} |"
-                )
+            lines += _rows_of_bound(name, row)
     return "\n".join(lines)
+
+
+def _rows_of_bound(name: str, row: Mapping[str, Any]) -> list[str]:
+    bound = f"{row['effective_bits_at_most']:g}"
+    lines = [
+        f"| {name} | {bound} | {who} | {_plan_cells(facts)}" + " |" * 7
+        for who, facts in (
+            ("ours", row["ours"]), ("ours, free", row.get("free")),
+            ("ours, free, peer's count", row.get("free_in_peer_count")),
+        )
+        if facts is not None
+    ]  # fmt: skip
+    for peer, result in row["peers"].items():
+        if isinstance(result, str):
+            lines.append(f"| {name} | {bound} | {peer} | {result} |" + " |" * 9)
+            continue
+        who = peer if result["meets_the_bound"] else f"{peer} (misses the bound)"
+        rivals = (
+            row["ours"], row.get("free"), row.get("free_in_peer_count"),
+            result["ours_at_its_bits"], result.get("free_at_its_bits"),
+        )  # fmt: skip
+        ratios = " | ".join(_ratio(facts, result) for facts in rivals)
+        lines.append(
+            f"| {name} | {bound} | {who} | {_plan_cells(result)} | {ratios} | "
+            f"{result['our_seconds_percent']:.1f} |"
+        )
+    return lines
 
 
 def _plan_cells(facts: Mapping[str, Any]) -> str:
@@ -293,10 +349,12 @@ def _plan_cells(facts: Mapping[str, Any]) -> str:
     loss, metric = (
         "not finite" if facts[key] is None else f"{facts[key]:.4g}" for key in ("loss", "metric")
     )
-    return f"{bits} | {loss} | {metric} | {facts['seconds']:.1f}"
+    return f"{bits} | {loss} | {metric} | " + (
+        f"{facts['seconds']:.1f}" if "seconds" in facts else ""
+    )
 
 
-def _ratio(ours: float | None, theirs: float | None) -> str:
-    if ours is None or not theirs:
+def _ratio(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any]) -> str:
+    if ours is None or ours["loss"] is None or not theirs["loss"]:
         return "-"
-    return f"{ours / theirs:.2f}"
+    return f"{ours['loss'] / theirs['loss']:.2f}"

@@ -17,7 +17,7 @@ effects of several layers, squared, predicts their joint loss, interactions incl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from vcompress.compress.losses import TaskLoss
+from vcompress.models.calls import Batch, run_module
 from vcompress.models.video import VideoModel, primary_output
 
 __all__ = ["Effects", "predict_effects"]
@@ -70,17 +71,20 @@ class _Calls:
 
 
 def predict_effects(
-    model: VideoModel, candidates: Candidates, batches: Iterator[torch.Tensor], loss: TaskLoss, *,
-    num_probes: int, seed: int = 0, on_batch: Callable[[int], None] | None = None,
+    model: VideoModel, candidates: Candidates, batches: Iterator[Batch], loss: TaskLoss, *,
+    num_probes: int, seed: int = 0, weights: Sequence[torch.Tensor] | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Effects:  # fmt: skip
     """Run `batches` of clips through `model` and feel out all `candidates`.
 
     Args:
         candidates: layer -> format -> the frozen layer.
-        batches: clips `[b, *input_shape]`, at least one batch.
+        batches: of clips or calls, at least one batch.
         num_probes: backward passes a batch. More clips serve better than more probes; more probes
             are cheaper where there are many formats.
         seed: of the probes.
+        weights: of the clips of each batch, `[b]`; 1 for each by default. The loss that is
+            predicted is the mean of weight times loss.
         on_batch: told the number of clips that are done.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -90,8 +94,9 @@ def predict_effects(
     seen: set[str] = set()
     reached: set[str] = set()
     layouts: list[_Layout | None] | None = None
-    for clips in batches:
-        calls, gradients = _feel(model, candidates, clips, loss, num_probes, generator)
+    for number, clips in enumerate(batches):
+        scale = None if weights is None else weights[number].sqrt()
+        calls, gradients = _feel(model, candidates, clips, loss, num_probes, scale, generator)
         if layouts is None or len(layouts) != len(calls.names):
             layouts = _layouts(model, candidates, clips, calls)
         seen.update(calls.names)
@@ -102,11 +107,18 @@ def predict_effects(
                 if not any(each is not None and bool(each.any()) for each in by_probe):
                     continue
                 reached.add(name)
+                output, layout = calls.outputs[index], layouts[index]
+                rows = torch.stack(
+                    [
+                        _by_clip(torch.zeros_like(output) if each is None else each,
+                                 len(clips), layout)
+                        for each in by_probe
+                    ],
+                    dim=1,
+                )  # fmt: skip
                 for format_name, frozen in candidates[name].items():
-                    change = frozen(calls.inputs[index]) - calls.outputs[index]
-                    step = torch.stack(
-                        [_per_clip(change, each, len(clips), layouts[index]) for each in by_probe]
-                    )
+                    change = _by_clip(frozen(calls.inputs[index]) - output, len(clips), layout)
+                    step = _inner(rows, change, len(clips))
                     key = name, format_name
                     sums[key] = sums[key] + step if key in sums else step
         for layer, formats in moves.items():
@@ -126,14 +138,20 @@ def predict_effects(
 
 
 def _feel(
-    model: VideoModel, candidates: Candidates, clips: torch.Tensor, loss: TaskLoss,
-    num_probes: int, generator: torch.Generator,
+    model: VideoModel, candidates: Candidates, clips: Batch, loss: TaskLoss,
+    num_probes: int, scale: torch.Tensor | None, generator: torch.Generator,
 ) -> tuple[_Calls, list[tuple[torch.Tensor | None, ...]]]:  # fmt: skip
-    """What the layers saw of `clips`, and the gradients of each probe for their outputs."""
+    """What the layers saw of `clips`, and the gradients of each probe for their outputs.
+
+    The probes of each clip are multiplied by its `scale`.
+    """
 
     def attempt() -> tuple[_Calls, list[tuple[torch.Tensor | None, ...]]]:
         calls, output = _run(model, candidates, clips)
-        probes = [loss.probe(output.detach(), generator) for _ in range(num_probes)]
+        probes = loss.probes(output.detach(), num_probes, generator)
+        if scale is not None:
+            by_clip = scale.to(output.device).view(-1, *[1] * (output.ndim - 1))
+            probes = [probe * by_clip for probe in probes]
         return calls, [_gradients(output, probe, calls.outputs) for probe in probes]
 
     try:
@@ -147,9 +165,7 @@ def _feel(
         return attempt()
 
 
-def _run(
-    model: VideoModel, candidates: Candidates, clips: torch.Tensor
-) -> tuple[_Calls, torch.Tensor]:
+def _run(model: VideoModel, candidates: Candidates, clips: Batch) -> tuple[_Calls, torch.Tensor]:
     """Forward with gradients for the activations alone."""
     calls = _Calls()
     with torch.enable_grad(), _frozen_parameters(model.module), ExitStack() as hooks:
@@ -159,12 +175,12 @@ def _run(
             )
             hooks.callback(handle.remove)
         device = next(model.module.parameters()).device
-        return calls, primary_output(model.module(clips.to(device)))
+        return calls, primary_output(run_module(model.module, clips.to(device)))
 
 
 @torch.inference_mode()
 def _layouts(
-    model: VideoModel, candidates: Candidates, clips: torch.Tensor, calls: _Calls
+    model: VideoModel, candidates: Candidates, clips: Batch, calls: _Calls
 ) -> list[_Layout | None]:
     """Where the clips are in the output of each of `calls`, by running the first clip alone."""
     names: list[str] = []
@@ -180,7 +196,7 @@ def _layouts(
 
             hooks.callback(model.layer(name).register_forward_hook(record).remove)
         device = next(model.module.parameters()).device
-        model.module(clips[:1].to(device))
+        run_module(model.module, clips[:1].to(device))
     if names != calls.names:
         return [None] * len(calls.names)
     return [_layout(*pair, len(clips)) for pair in zip(calls.outputs, outputs, strict=True)]
@@ -265,23 +281,27 @@ def _layout(output: torch.Tensor, alone: torch.Tensor | None, num_clips: int) ->
     return None
 
 
-def _per_clip(
-    change: torch.Tensor, gradient: torch.Tensor | None, num_clips: int, layout: _Layout | None
-) -> torch.Tensor:
-    """Inner products `[num_clips]`, float64.
-
-    Where clips cannot be told apart the whole sum goes to the first: probes of different clips are
-    independent, so that the square of the sum has the right mean.
-    """
-    result = torch.zeros(num_clips, dtype=torch.float64)
-    if gradient is None:
-        return result
-    product = change * gradient
+def _by_clip(tensor: torch.Tensor, num_clips: int, layout: _Layout | None) -> torch.Tensor:
+    """`tensor` as float32 `[num_clips, -1]`; `[1, -1]` where clips cannot be told apart."""
     if layout is None:
-        result[0] = product.sum(dtype=torch.float64)
-        return result
-    rows = product.movedim(layout.axis, 0)
-    rows = rows.reshape(len(rows), -1).sum(1, dtype=torch.float64).cpu()
+        return tensor.float().reshape(1, -1)
+    rows = tensor.float().movedim(layout.axis, 0)
     if layout.interleaved:
-        return rows.view(-1, num_clips).sum(0)
-    return rows.view(num_clips, -1).sum(1)
+        rows = rows.reshape(-1, num_clips, *rows.shape[1:]).transpose(0, 1)
+    return rows.reshape(num_clips, -1)
+
+
+def _inner(rows: torch.Tensor, change: torch.Tensor, num_clips: int) -> torch.Tensor:
+    """Inner products of `rows` `[C, P, M]` with `change` `[C, M]`: float64 `[P, num_clips]`.
+
+    Where clips cannot be told apart, C is 1, the whole sum goes to the first clip: probes of
+    different clips are independent, so that the square of the sum has the right mean.
+    """
+    # In this order MKL is ten times as fast as in the other.
+    products = torch.bmm(change.unsqueeze(1), rows.transpose(1, 2)).squeeze(1)
+    products = products.t().double().cpu()
+    if products.shape[1] == num_clips:
+        return products
+    result = torch.zeros(len(products), num_clips, dtype=torch.float64)
+    result[:, :1] = products
+    return result

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 
 import torch
 
+from vcompress.compress.attention_sites import exact_attention, products_of
 from vcompress.compress.calibration import extra_bits
 from vcompress.compress.context import PlanContext
+from vcompress.compress.latency_table import LatencyTable, ModelTimes, find_operations
 from vcompress.compress.losses import TaskLoss
 from vcompress.compress.precision_search import (
     Candidates,
+    Comparison,
     Found,
     PrecisionSearch,
     Sensitivities,
-    batches_of,
+    comparison_of,
     freeze_candidates,
     outputs_of_choice,
     predict_sensitivities,
@@ -30,8 +33,7 @@ __all__ = ["MixedFormats", "find_formats"]
 
 # Clips serve better than probes for the same time; what they reach is in docs/precision.md.
 NUM_PREDICTION_CLIPS = 16
-NUM_PROBES = 4
-NUM_COMPARISON_CLIPS = 32
+NUM_COMPARISON_CLIPS = 8
 _BISECTIONS = 7
 _SCALE_BITS = 32
 # Calibration clips are few and were seen: the bar is kept with a reserve there.
@@ -62,22 +64,39 @@ def find_formats(model: VideoModel, context: PlanContext) -> MixedFormats:
         InputError: the budget cannot be met.
     """
     assert context.budget is not None
-    candidates = freeze_candidates(model, context.target.formats, context.stats.input_amax)
-    with context.stage("sensitivity", NUM_PREDICTION_CLIPS) as advance:
+    times = None
+    formats = context.target.formats
+    if context.latency is not None:
+        times = ModelTimes(context.latency, find_operations(model))
+        formats = tuple(each for each in formats if each in context.latency.formats)
+    candidates = freeze_candidates(model, formats, context.stats.input_amax)
+    # Gradients pass through no rounding.
+    with (
+        exact_attention(model.module),
+        context.stage("sensitivity", NUM_PREDICTION_CLIPS) as advance,
+    ):
         sensitivities = predict_sensitivities(
             model, candidates, context.calibration, num_clips=NUM_PREDICTION_CLIPS,
-            num_probes=NUM_PROBES, seed=context.seed, on_batch=advance,
+            outputs=context.stats.outputs, seed=context.seed, on_batch=advance,
         )  # fmt: skip
     with context.stage("allocate", None):
         search = PrecisionSearch(
             model, candidates, sensitivities,
             lambda name, format_name: extra_bits(model, name, format_name, context.algorithm),
+            cost_of=None if times is None else times.together,
         )  # fmt: skip
         # A bar of quality is judged on all clips: each is a part of a point.
-        on_size = context.budget.kind in ("effective_bits", "weight_bytes")
+        on_size = context.budget.kind in ("effective_bits", "weight_bytes", "latency_share")
         num_clips = NUM_COMPARISON_CLIPS if on_size else len(context.calibration)
-        batches = batches_of(context.calibration, num_clips)
-        found = _under(context.budget, model, candidates, search, batches)
+        comparison = comparison_of(
+            model, context.calibration, num_clips, outputs=context.stats.outputs,
+            seed=context.seed,
+        )  # fmt: skip
+        found = (
+            _under(context.budget, model, candidates, search, comparison)
+            if times is None
+            else _within_time(context.budget, model, candidates, search, comparison, times)
+        )
     return MixedFormats(
         formats=found.formats,
         reasons={
@@ -95,14 +114,20 @@ def find_formats(model: VideoModel, context: PlanContext) -> MixedFormats:
             "predicted_loss": found.joint_loss,
             "calibration_loss": found.measured_loss,
             "num_prediction_clips": sensitivities.num_clips,
+            "num_comparison_clips": len(comparison.clips),
             "num_probes": sensitivities.num_probes,
+            **(
+                {}
+                if context.latency is None or times is None
+                else _time_evidence(context.latency, times, model, found)
+            ),
         },
     )
 
 
 def _under(
     budget: Budget, model: VideoModel, candidates: Candidates, search: PrecisionSearch,
-    batches: list[torch.Tensor],
+    comparison: Comparison,
 ) -> Found:  # fmt: skip
     if budget.kind == "effective_bits":
         fewest = search.fewest_bits / max(1, search.num_weights)
@@ -112,7 +137,7 @@ def _under(
                 f"formats and this algorithm, got {budget.limit:g}; raise it"
             )
             raise InputError(message)
-        return search.choose(budget.limit * search.num_weights, batches)
+        return search.choose(budget.limit * search.num_weights, comparison)
     if budget.kind == "weight_bytes":
         rest = _bits_of_rest(model, candidates)
         if budget.limit * 8 < rest + search.fewest_bits:
@@ -122,8 +147,47 @@ def _under(
                 f"{rest / 8e6:.3f} MB of it stay as they are; raise it"
             )
             raise InputError(message)
-        return search.choose(budget.limit * 8 - rest, batches)
-    return _cheapest(budget, model, candidates, search, batches)
+        return search.choose(budget.limit * 8 - rest, comparison)
+    return _cheapest(budget, model, candidates, search, comparison)
+
+
+def _within_time(
+    budget: Budget, model: VideoModel, candidates: Candidates, search: PrecisionSearch,
+    comparison: Comparison, times: ModelTimes,
+) -> Found:  # fmt: skip
+    """The least loss within a share of the float model's time."""
+    rest = times.rest(candidates) - _saved_by_attention(model, times)
+    least = sum(min(option.cost for option in group.options) for group in search.groups)
+    if budget.limit * times.model_seconds < (rest + least) * (1 - 1e-9):
+        share = (rest + least) / times.model_seconds
+        message = (
+            f"--max-latency must be at least {_rounded_up(share, 3):g} for this model by this "
+            f"latency table, got {budget.limit:g}; {rest / times.model_seconds:.1%} of the time is "
+            "spent outside of the layers that are decided; raise it"
+        )
+        raise InputError(message)
+    return search.choose(budget.limit * times.model_seconds - rest, comparison)
+
+
+def _saved_by_attention(model: VideoModel, times: ModelTimes) -> float:
+    """Seconds that attentions in eight bits take less than float ones."""
+    return sum(
+        (times.of(name, FLOAT) or 0.0) - (times.of(name, products.format) or 0.0)
+        for name, products in products_of(model.module).items()
+        if times.of(name, products.format) is not None
+    )
+
+
+def _time_evidence(
+    table: LatencyTable, times: ModelTimes, model: VideoModel, found: Found
+) -> dict[str, object]:
+    """What the plan says of time, and the table that it rests on."""
+    saved = _saved_by_attention(model, times)
+    seconds = times.rest(found.formats) - saved + (times.together(found.formats) or 0.0)
+    return {
+        "latency_share_by_table": round(seconds / times.model_seconds, 4),
+        "latency_table": table.as_dict(),
+    }
 
 
 def _rounded_up(value: float, digits: int) -> float:
@@ -148,24 +212,23 @@ def _bits_of_rest(model: VideoModel, candidates: Candidates) -> int:
 
 def _cheapest(
     budget: Budget, model: VideoModel, candidates: Candidates, search: PrecisionSearch,
-    batches: list[torch.Tensor],
+    comparison: Comparison,
 ) -> Found:  # fmt: skip
     """The fewest bits whose plan keeps the bar on the calibration clips, by bisection."""
-    references = [model(batch) for batch in batches]
 
     def meets(found: Found) -> bool:
-        outputs = outputs_of_choice(model, candidates, found.formats, batches)
-        return _within_bar(budget, references, outputs)
+        outputs = outputs_of_choice(model, candidates, found.formats, comparison.batches)
+        return _within_bar(budget, comparison.references, outputs)
 
     if not search.groups:
-        return search.choose(0.0, batches)
+        return search.choose(0.0, comparison)
     low = search.fewest_bits
     high = sum(max(option.cost for option in group.options) for group in search.groups)
-    best = search.choose(high, batches)
+    best = search.choose(high, comparison)
     for _ in range(_BISECTIONS):
         # Bits matter by their ratio.
         middle = math.sqrt(low * high)
-        found = search.choose(middle, batches)
+        found = search.choose(middle, comparison)
         if meets(found):
             best, high = found, found.bits
         else:

@@ -14,11 +14,12 @@ import torch
 
 from vcompress.compress.algorithms.problem import Solution
 from vcompress.compress.block_error import measure_block_errors
-from vcompress.compress.calibration import calibrate_layers, freeze_solutions, without_harm
+from vcompress.compress.calibration import calibrate_layers, freeze_solutions
 from vcompress.compress.context import PlanContext
 from vcompress.compress.mixed import find_formats
 from vcompress.compress.quantize import candidate_formats, choose
 from vcompress.compress.tensors import WEIGHT_PREFIX, ModelTensors, words
+from vcompress.compress.whole_model import without_harm
 from vcompress.models.video import VideoModel
 from vcompress.spec.formats import FLOAT, FORMATS
 from vcompress.spec.plan import LayerChoice
@@ -121,8 +122,7 @@ def _made(
     for name, solution in solutions.items():
         if solution.note:
             lines[name] = replace(
-                lines[name],
-                input_amax=solution.input_amax,
+                _with_range(lines[name], solution),
                 rotation=solution.rotation,
                 tensors=words(solution.tensors),
                 reason=f"{lines[name].reason}; {solution.note}",
@@ -130,3 +130,15 @@ def _made(
         if solution.tensors:
             tensors[name] = solution.tensors
     return PrecisionPlan(choices=lines, tensors=tensors, evidence=evidence)
+
+
+def _with_range(line: LayerChoice, solution: Solution) -> LayerChoice:
+    """`line` with the ranges of `solution`; that of the input as it arrives stays where it can.
+
+    Those who edit the line find the range for what they leave of it.
+    """
+    if solution.rotation is not None:
+        return replace(line, rotated_amax=solution.input_amax, smoothed_amax=solution.smoothed_amax)
+    if "input_smoothing" in solution.tensors:
+        return replace(line, smoothed_amax=solution.input_amax)
+    return replace(line, input_amax=solution.input_amax)

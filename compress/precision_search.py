@@ -1,9 +1,15 @@
 """Find the mixed-precision plan with the least loss under a budget.
 
-Effects of all layers in all formats are predicted (`effects`), the formats are chosen exactly for
-the losses as if they added up (`allocate`), the choice is corrected for interactions (`refine`),
-and of the two the one with the smaller *measured* loss on calibration clips is taken. Layers from
-which no gradient leads to the output are measured instead of predicted.
+Effects of all layers in all formats are predicted (`effects`), and the formats are chosen exactly
+for the losses as if they added up (`allocate`). Then the loss of the whole choice is measured on
+calibration clips. Where it is not what the layers add up to, there is a second round: the choice is
+corrected for predicted interactions (`refine`), and of the two the one with the smaller measured
+loss is taken. Layers from which no gradient leads to the output are measured instead of predicted.
+
+Why not always a second round, or a search by measured losses: on a trained classifier the sum
+ranks plans better than both do. Rounding an input that was rounded before is a new rounding, so
+that predicted interactions hold only in part; and measured losses of plans that are about as good
+differ by less than their noise over the clips (docs/precision.md).
 """
 
 from __future__ import annotations
@@ -17,25 +23,32 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from vcompress.calib.clips import Clips
+from vcompress.calib.calls import Samples
 from vcompress.compress.allocate import Choice, Group, Option, allocate, refine
 from vcompress.compress.block_error import replaced_all
 from vcompress.compress.brute_force import measure_losses, reference_outputs
+from vcompress.compress.clip_choice import BATCH_SIZE, ChosenClips, batches_of, choose_clips
 from vcompress.compress.effects import Effects, predict_effects
 from vcompress.compress.frozen import freeze
-from vcompress.compress.losses import TaskLoss, loss_of
+from vcompress.compress.losses import LossName, TaskLoss, loss_of
+from vcompress.models.calls import Batch
 from vcompress.models.structure import find_shared_inputs
 from vcompress.models.video import VideoModel
 from vcompress.spec.formats import FLOAT, FORMATS
 
 __all__ = [
-    "Candidates", "Found", "PrecisionSearch", "Sensitivities", "batches_of", "freeze_candidates",
-    "measure_choice", "outputs_of_choice", "predict_sensitivities",
+    "NUM_PROBES", "Candidates", "Comparison", "Found", "PrecisionSearch", "Sensitivities",
+    "comparison_of", "freeze_candidates", "measure_choice", "outputs_of_choice",
+    "predict_sensitivities",
 ]  # fmt: skip
 
 Candidates = Mapping[str, Mapping[str, nn.Module]]
 
-_BATCH_SIZE = 8
+# The first probe of KL takes most of its curvature; see `losses`.
+NUM_PROBES: Mapping[LossName, int] = {"kl_nats": 2, "squared_relative_error": 4}
+# A choice may lose so many times more or less than the sum of its layers; a few clips do not tell
+# it more exactly.
+_ADDS_UP = 3.0
 # Correlations between layers are estimated from a few hundred samples; half of what is seen is
 # believed, so that the search does not feed on their noise.
 _BELIEF = 0.5
@@ -84,37 +97,83 @@ class Sensitivities:
         return self.effects.loss(layer, format_name)
 
 
-def batches_of(clips: Clips, num_clips: int) -> list[torch.Tensor]:
-    """`num_clips` of the clips, or all where there are fewer, in batches for the model."""
-    num_clips = min(num_clips, len(clips))
-    # Clips of a folder stand in the order of their classes.
-    spread = clips.subset([index * len(clips) // num_clips for index in range(num_clips)])
-    return [torch.from_numpy(batch) for batch in spread.batches(_BATCH_SIZE)]
-
-
 @torch.no_grad()
 def predict_sensitivities(
-    model: VideoModel, candidates: Candidates, clips: Clips, *, num_clips: int, num_probes: int,
-    seed: int, on_batch: Callable[[int], None] | None = None,
+    model: VideoModel, candidates: Candidates, clips: Samples, *, num_clips: int,
+    num_probes: int | None = None, outputs: torch.Tensor | None = None, seed: int,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Sensitivities:  # fmt: skip
-    """Predict all losses from `num_clips` of `clips`."""
+    """Predict all losses from `num_clips` of `clips`.
+
+    Args:
+        num_probes: by default as many as `NUM_PROBES` has for the loss.
+        outputs: of `model` for all `clips`, if they are known: they tell which clips matter.
+    """
     loss = loss_of(model.task)
-    batches = batches_of(clips, num_clips)
+    num_probes = NUM_PROBES[loss.name] if num_probes is None else num_probes
+    chosen = choose_clips(clips, num_clips, loss, outputs, seed)
     effects = predict_effects(
-        model, candidates, iter(batches), loss, num_probes=num_probes, seed=seed,
-        on_batch=on_batch,
+        model, candidates, iter(chosen.batches), loss, num_probes=num_probes, seed=seed,
+        weights=chosen.weights, on_batch=on_batch,
     )  # fmt: skip
     blind = {name: candidates[name] for name in effects.unreached}
-    measured = measure_losses(model, blind, batches, reference_outputs(model, batches), loss)
+    measured: dict[str, dict[str, float]] = {}
+    if blind:
+        batches = batches_of(clips, num_clips)
+        measured = measure_losses(model, blind, batches, reference_outputs(model, batches), loss)
     return Sensitivities(
-        loss=loss, effects=effects, measured=measured,
-        num_clips=sum(len(batch) for batch in batches), num_probes=num_probes,
+        loss=loss, effects=effects, measured=measured, num_clips=len(chosen),
+        num_probes=num_probes,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """Clips on which whole choices are measured.
+
+    Attributes:
+        clips: with their weights.
+        references: outputs of the model, by batch.
+        loss: that is measured.
+    """
+
+    clips: ChosenClips
+    references: list[torch.Tensor]
+    loss: TaskLoss
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Of clips or calls."""
+        return self.clips.batches
+
+    def loss_of(self, outputs: Sequence[torch.Tensor]) -> float:
+        """Mean loss of `outputs`, by batch."""
+        values = [
+            self.loss.values(reference, output) * weights
+            for reference, output, weights in zip(
+                self.references, outputs, self.clips.weights, strict=True
+            )
+        ]
+        return float(torch.cat(values).double().mean())
+
+
+def comparison_of(
+    model: VideoModel, clips: Samples, num_clips: int, *, outputs: torch.Tensor | None = None,
+    seed: int = 0,
+) -> Comparison:  # fmt: skip
+    """`num_clips` of `clips`; where clips are drawn, not those of a prediction with this seed."""
+    loss = loss_of(model.task)
+    chosen = choose_clips(clips, num_clips, loss, outputs, seed + 1)
+    if outputs is None:
+        references = reference_outputs(model, chosen.batches)
+    else:
+        references = list(torch.split(outputs[chosen.indices], BATCH_SIZE))
+    return Comparison(clips=chosen, references=references, loss=loss)
 
 
 def outputs_of_choice(
     model: VideoModel, candidates: Candidates, formats: Mapping[str, str],
-    batches: Sequence[torch.Tensor],
+    batches: Sequence[Batch],
 ) -> list[torch.Tensor]:  # fmt: skip
     """The output for each batch with all layers of `formats` in their format at once."""
     frozen = {name: candidates[name][each] for name, each in formats.items() if each != FLOAT}
@@ -123,13 +182,10 @@ def outputs_of_choice(
 
 
 def measure_choice(
-    model: VideoModel, candidates: Candidates, formats: Mapping[str, str],
-    batches: Sequence[torch.Tensor], references: Sequence[torch.Tensor], loss: TaskLoss,
-) -> float:  # fmt: skip
+    model: VideoModel, candidates: Candidates, formats: Mapping[str, str], comparison: Comparison
+) -> float:
     """Mean loss with all layers of `formats` in their format at once."""
-    outputs = outputs_of_choice(model, candidates, formats, batches)
-    values = [loss.values(*pair) for pair in zip(references, outputs, strict=True)]
-    return float(torch.cat(values).double().mean())
+    return comparison.loss_of(outputs_of_choice(model, candidates, formats, comparison.batches))
 
 
 class PrecisionSearch:
@@ -137,18 +193,28 @@ class PrecisionSearch:
 
     def __init__(
         self, model: VideoModel, candidates: Candidates, sensitivities: Sensitivities,
-        extra_bits: Callable[[str, str], int] | None = None,
+        extra_bits: Callable[[str, str], int] | None = None, *, share_inputs: bool = True,
+        cost_of: Callable[[Mapping[str, str]], float | None] | None = None,
     ) -> None:  # fmt: skip
         """Collect the options.
 
         Args:
+            share_inputs: layers that receive the same tensor get the same format, as a runtime
+                that fuses them needs it.
             extra_bits: of what calibration may add to a layer (first) in a format (second).
+            cost_of: what layers in their formats cost, None where they cannot have them; bits by
+                default.
         """
+        self._cost_of = cost_of or self.bits
         self._model = model
         self._candidates = candidates
         self._sensitivities = sensitivities
         self._extra_bits = extra_bits or (lambda _name, _format: 0)
-        shared = find_shared_inputs(model.module, list(candidates), model.example(1))
+        shared = (
+            find_shared_inputs(model.module, list(candidates), model.example(1))
+            if share_inputs
+            else [(name,) for name in candidates]
+        )
         self.groups = tuple(self._group(layers) for layers in shared)
         missing = set(candidates).difference(*(group.layers for group in self.groups))
         assert not missing, f"calibrated, but not run on the example: {missing}"
@@ -160,9 +226,9 @@ class PrecisionSearch:
             losses = [self._sensitivities.of(name, format_name) for name in layers]
             if all(loss is not None and math.isfinite(loss) for loss in losses):
                 formats = dict.fromkeys(layers, format_name)
-                options.append(
-                    Option(formats=formats, loss=self._loss(formats), cost=self.bits(formats))
-                )
+                cost = self._cost_of(formats)
+                if cost is not None:
+                    options.append(Option(formats=formats, loss=self._loss(formats), cost=cost))
         return Group(layers, tuple(options))
 
     def _loss(self, formats: Mapping[str, str]) -> float:
@@ -217,37 +283,35 @@ class PrecisionSearch:
     def _options(self) -> Iterable[Option]:
         return (option for group in self.groups for option in group.options)
 
-    def choose(self, bits: float, batches: Sequence[torch.Tensor]) -> Found:
+    def choose(self, bits: float, comparison: Comparison) -> Found:
         """The best formats with weights of at most `bits` bits.
 
         Args:
             bits: all groups together.
-            batches: calibration clips on which the two solutions are compared.
+            comparison: calibration clips on which choices are measured.
         """
         exact = allocate(self.groups, bits, what="the bits of the weights")
+        found = self._found(exact, comparison)
+        if found.adds_up:
+            return found
         refined = refine(self.groups, exact, bits, self._interaction())
-        references = reference_outputs(self._model, batches)
-        found = []
-        for choice in dict.fromkeys((exact, refined)):
-            formats = self._formats(choice)
-            measured = measure_choice(
-                self._model, self._candidates, formats, batches, references,
-                self._sensitivities.loss,
-            )  # fmt: skip
-            summed = sum(
-                group.options[index].loss for group, index in zip(self.groups, choice, strict=True)
-            )
-            found.append(
-                Found(
-                    formats=formats, bits=self.bits(formats), summed_loss=summed,
-                    joint_loss=self._sensitivities.effects.joint_loss(formats),
-                    measured_loss=measured,
-                )
-            )  # fmt: skip
+        if refined == exact:
+            return found
         # A comparison with NaN is never true.
         return min(
-            found,
+            found, self._found(refined, comparison),
             key=lambda one: math.inf if math.isnan(one.measured_loss) else one.measured_loss,
+        )  # fmt: skip
+
+    def _found(self, choice: Choice, comparison: Comparison) -> Found:
+        formats = self._formats(choice)
+        chosen = zip(self.groups, choice, strict=True)
+        return Found(
+            formats=formats,
+            bits=self.bits(formats),
+            summed_loss=sum(group.options[index].loss for group, index in chosen),
+            joint_loss=self._sensitivities.effects.joint_loss(formats),
+            measured_loss=measure_choice(self._model, self._candidates, formats, comparison),
         )
 
     def _formats(self, choice: Choice) -> dict[str, str]:
@@ -275,3 +339,9 @@ class Found:
     summed_loss: float
     joint_loss: float
     measured_loss: float
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the measured loss is about the sum of those of its layers."""
+        low, high = self.summed_loss / _ADDS_UP, self.summed_loss * _ADDS_UP
+        return low <= self.measured_loss <= high

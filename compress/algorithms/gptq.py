@@ -21,6 +21,7 @@ Shapes: N output channels, K input channels, B block of the format.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ __all__ = ["damped", "gptq", "shifted_target"]
 
 _DAMPING = 0.01  # of the mean diagonal of H
 _SHIFT_DAMPINGS = (0.003, 0.03, 0.3)
+_NUM_MIXTURES = 64
 # Neighbours in a clip are alike: so many of them count as one sample of the inputs.
 _TOKENS_A_SAMPLE = 3
 # Columns whose updates of later ones are gathered into one product; whole blocks of each format.
@@ -80,10 +82,12 @@ def shifted_target(
     """The weight `[N, K]` that on rounded inputs best gives what `weight` gives on exact ones.
 
     Each half of the tokens tries the shift that the other suggests. The damping and the share of
-    the shift, from 0 to 1, with the largest gain are taken.
+    the shift, from 0 to 1, with the largest gain are taken; gains are sums over the outputs, which
+    a few random mixtures of them estimate.
     """
     best_gain, best_damping, best_share = 0.0, 0.0, 0.0
-    wanted = [weight @ fold.lost for fold in folds]
+    mixed = _mixtures(weight)
+    wanted = [mixed @ fold.lost for fold in folds]
     for damping in _SHIFT_DAMPINGS:
         along = across = 0.0
         for fold, other in ((0, 1), (1, 0)):
@@ -98,6 +102,15 @@ def shifted_target(
         return weight
     shift = _times_inverse(weight @ moments.lost, moments.rounded, best_damping)
     return weight + best_share * shift
+
+
+def _mixtures(weight: torch.Tensor) -> torch.Tensor:
+    """`_NUM_MIXTURES` rows whose expected sums of products are those of the rows of `weight`."""
+    if len(weight) <= _NUM_MIXTURES:
+        return weight
+    generator = torch.Generator().manual_seed(len(weight))
+    factors = torch.randn(_NUM_MIXTURES, len(weight), generator=generator)
+    return factors.to(weight.device) @ weight / math.sqrt(_NUM_MIXTURES)
 
 
 def gptq(

@@ -83,13 +83,18 @@ class Solution:
         rotation: block size of the online rotation of the input, or None.
         tensors: parts as in `compress.tensors`.
         input_amax: of the smoothed and rotated input; six significant digits, as plans have.
+        smoothed_amax: of the smoothed input, where it is rotated as well; a plan has it for those
+            who take the rotation out.
         note: what was done and what came of it, for the plan's reason.
+        gain: error of plain rounding over that of this answer, where both were measured.
     """
 
     rotation: int | None = None
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     input_amax: float
     note: str
+    gain: float = 1.0
+    smoothed_amax: float | None = None
 
     def __post_init__(self) -> None:
         # What is measured here shall be what a plan says, to the last bit.

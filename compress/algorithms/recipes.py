@@ -27,7 +27,7 @@ from vcompress.compress.algorithms.rounding import (
 from vcompress.compress.algorithms.smoothing import RULES
 from vcompress.compress.algorithms.working import Working, working_form
 
-__all__ = ["LARGEST", "RECIPES", "Recipe", "cook"]
+__all__ = ["LARGEST", "RECIPES", "Recipe", "cook", "preparation"]
 
 LARGEST = -1
 
@@ -96,10 +96,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 def cook(problem: LayerProblem, recipe: Recipe) -> Solution:
     """Carry out `recipe` with the tokens of `problem`."""
-    rotation = _rotation(recipe, problem.num_channels)
-    smoothing = None
-    if recipe.smoothing is not None:
-        smoothing = RULES[recipe.smoothing](problem, rotation)
+    rotation, smoothing = preparation(problem, recipe)
     branch = low_rank_branch(problem, smoothing, rank=recipe.rank) if recipe.rank else None
     working = working_form(problem, rotation=rotation, smoothing=smoothing, low_rank=branch)
     if recipe.input_clip:
@@ -119,7 +116,18 @@ def cook(problem: LayerProblem, recipe: Recipe) -> Solution:
     return Solution(
         rotation=rotation, tensors=tensors, input_amax=working.input_amax,
         note=recipe.describe(rotation),
+        smoothed_amax=None
+        if rotation is None or smoothing is None
+        else working.smoothed_amax,
     )  # fmt: skip
+
+
+def preparation(problem: LayerProblem, recipe: Recipe) -> tuple[int | None, torch.Tensor | None]:
+    """The block size of the rotation and the smoothing factors `[K]` that `recipe` asks for."""
+    rotation = _rotation(recipe, problem.num_channels)
+    if recipe.smoothing is None:
+        return rotation, None
+    return rotation, RULES[recipe.smoothing](problem, rotation)
 
 
 def _rotation(recipe: Recipe, num_channels: int) -> int | None:

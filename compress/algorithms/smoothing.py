@@ -27,11 +27,11 @@ from vcompress.compress.algorithms.problem import LayerProblem
 from vcompress.compress.algorithms.rounding import largest_scales, round_weight
 from vcompress.compress.algorithms.working import working_form
 
-__all__ = ["RULES", "awq", "balanced", "smoothquant"]
+__all__ = ["MAX_SEARCH_TOKENS", "RULES", "awq", "balanced", "plain_error", "smoothquant"]
 
 _FLOOR = 1e-3  # of the mean over channels
 _EXPONENTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-_MAX_SEARCH_TOKENS = 512
+MAX_SEARCH_TOKENS = 512
 
 
 def _floored(statistic: torch.Tensor) -> torch.Tensor:
@@ -77,20 +77,20 @@ def awq(problem: LayerProblem, rotation: int | None = None) -> torch.Tensor:
 def _search(
     problem: LayerProblem, rotation: int | None, rule: Callable[[float], torch.Tensor]
 ) -> torch.Tensor:
-    step = max(1, len(problem.inputs) // _MAX_SEARCH_TOKENS)
+    step = max(1, len(problem.inputs) // MAX_SEARCH_TOKENS)
     sample = problem.with_inputs(problem.inputs[::step])
     best = torch.ones(problem.num_channels)
-    best_error = _plain_error(sample, rotation, best)
+    best_error = plain_error(sample, rotation, best)
     for exponent in _EXPONENTS:
         factors = _centred(rule(exponent))
-        error = _plain_error(sample, rotation, factors)
+        error = plain_error(sample, rotation, factors)
         if error < best_error:
             best, best_error = factors, error
     return best
 
 
-def _plain_error(problem: LayerProblem, rotation: int | None, factors: torch.Tensor) -> float:
-    """Squared error of the output with `factors`, weight and input rounded to nearest."""
+def plain_error(problem: LayerProblem, rotation: int | None, factors: torch.Tensor) -> float:
+    """Squared error of the output with `factors` `[K]`, weight and input rounded to nearest."""
     working = working_form(problem, rotation=rotation, smoothing=factors)
     values = round_weight(working.weight, largest_scales(working.weight, problem.format))
     error = working.inputs @ working.weight.t() - working.rounded @ values.t()

@@ -43,6 +43,7 @@ class Working:
         weight: `[N, K]` float32, to be rounded.
         inputs: `[T, K]`, smoothed and rotated.
         input_amax: of those, over all of calibration (estimated from the sample).
+        smoothed_amax: the same before the rotation.
         rotation: block size, or None.
         smoothing: `[K]`, or None.
         low_rank: `[R, K]` and `[N, R]`, or None.
@@ -52,6 +53,7 @@ class Working:
     weight: torch.Tensor
     inputs: torch.Tensor
     input_amax: float
+    smoothed_amax: float
     rotation: int | None
     smoothing: torch.Tensor | None
     low_rank: tuple[torch.Tensor, torch.Tensor] | None
@@ -123,16 +125,20 @@ def working_form(
         low_rank: down `[R, K]` and up `[N, R]`, taken off the smoothed weight.
     """
     weight, inputs, largest = problem.weight, problem.inputs, problem.input_amax
+    sample = float(inputs.abs().amax()) if len(inputs) else 0.0
+    beyond = largest / sample if sample > 0 else 1.0
     if smoothing is not None:
         weight, inputs = weight / smoothing, inputs * smoothing
+        if len(inputs):
+            largest = float(inputs.abs().amax()) * beyond
+    smoothed = largest
     if low_rank is not None:
         weight = weight - low_rank[1] @ low_rank[0]
     if rotation is not None:
         weight, inputs = hadamard.rotate(weight, rotation), hadamard.rotate(inputs, rotation)
-    if (smoothing is not None or rotation is not None) and len(inputs):
-        sample = float(problem.inputs.abs().amax())
-        largest = float(inputs.abs().amax()) * (largest / sample if sample > 0 else 1.0)
+        if len(inputs):
+            largest = float(inputs.abs().amax()) * beyond
     return Working(
-        problem=problem, weight=weight, inputs=inputs, input_amax=largest, rotation=rotation,
-        smoothing=smoothing, low_rank=low_rank,
+        problem=problem, weight=weight, inputs=inputs, input_amax=largest, smoothed_amax=smoothed,
+        rotation=rotation, smoothing=smoothing, low_rank=low_rank,
     )  # fmt: skip

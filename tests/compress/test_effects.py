@@ -13,11 +13,11 @@ from torch.nn import functional
 from vcompress.calib.clips import Clips
 from vcompress.calib.observe import observe
 from vcompress.compress.brute_force import measure_losses, reference_outputs
+from vcompress.compress.clip_choice import batches_of
 from vcompress.compress.effects import predict_effects
 from vcompress.compress.losses import loss_of
 from vcompress.compress.precision_search import (
     Candidates,
-    batches_of,
     freeze_candidates,
     predict_sensitivities,
 )

@@ -63,10 +63,11 @@ def test_what_is_not_finite_is_never_a_small_loss(loss: TaskLoss, bad: float) ->
     assert values[1] == 0
 
 
+@pytest.mark.parametrize("together", [1, 2, 4])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 @pytest.mark.parametrize("shape", [(1, 4), (1, 3, 4), (2, 3)])
 def test_probes_have_half_the_hessian_as_second_moment(
-    loss: TaskLoss, shape: tuple[int, ...]
+    loss: TaskLoss, shape: tuple[int, ...], together: int
 ) -> None:
     reference = outputs(*shape)
 
@@ -84,10 +85,14 @@ def test_probes_have_half_the_hessian_as_second_moment(
     hessian = torch.autograd.functional.hessian(mean_loss, nothing)
     hessian = hessian.reshape(reference.numel(), reference.numel())
     generator = torch.Generator().manual_seed(1)
-    count = 20_000
-    probes = torch.stack(
-        [loss.probe(reference, generator).flatten() for _ in range(count)]
-    ).double()
+    count = 20_000 // together
+    # Every clip has probes of its own.
+    many = reference.repeat(count, *[1] * (reference.ndim - 1))
+    drawn = (
+        [loss.probe(many, generator)] if together == 1 else loss.probes(many, together, generator)
+    )
+    probes = torch.cat([each.reshape(count, -1) for each in drawn]).double()
+    count = len(probes)
     moment = probes.T @ probes / count
     assert float((moment - hessian / 2).abs().max()) < 0.04 * float(hessian.abs().max())
     # And the loss is what a step's probes say, for a small step.
@@ -95,6 +100,21 @@ def test_probes_have_half_the_hessian_as_second_moment(
     predicted = float((probes @ step.flatten().double()).square().mean())
     true = float(loss.values(reference, reference + step).double().sum())
     assert predicted == pytest.approx(true, rel=0.05)
+
+
+def test_the_first_probe_has_most_of_the_curvature_and_certainty_has_none() -> None:
+    loss = TaskLoss("kl_nats")
+    logits = torch.tensor([[4.0, 3.0, -2.0, -3.0, -3.0], [60.0, 0.0, 0.0, 0.0, 0.0]])
+    first, second = loss.probes(logits, 2, torch.Generator().manual_seed(0))
+    curvature = loss.curvature(logits)
+    # The squares of both have the trace as their mean.
+    assert 0.9 < float(first[0].square().sum() / 2 / curvature[0]) < 1
+    assert float(second[0].square().sum()) < float(first[0].square().sum())
+    assert curvature[1] < 1e-6 < curvature[0]
+    for probe in (first, second):
+        assert bool(probe.isfinite().all())
+        assert float(probe[1].abs().max()) < 1e-3
+    assert TaskLoss("squared_relative_error").curvature(logits).tolist() == [1.0, 1.0]
 
 
 def test_the_task_decides() -> None:

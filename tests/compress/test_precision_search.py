@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from vcompress.calib.clips import Clips
-from vcompress.compress.brute_force import reference_outputs
+from vcompress.compress.clip_choice import batches_of
 from vcompress.compress.context import PlanContext
 from vcompress.compress.mixed import find_formats
 from vcompress.compress.precision_search import (
     PrecisionSearch,
-    batches_of,
+    comparison_of,
     freeze_candidates,
     measure_choice,
     predict_sensitivities,
@@ -58,10 +58,10 @@ def test_layers_that_share_an_input_share_a_format(
     groups = {group.layers for group in search.groups}
     assert ("blocks.0.query", "blocks.0.key", "blocks.0.value") in groups
     assert ("blocks.1.wide",) in groups
-    batches = batches_of(clips, 16)
+    comparison = comparison_of(transformer, clips, 16)
     previous = np.inf
     for bits in (5.1, 6.0, 8.0, 16.0, 40.0):
-        found = search.choose(bits * search.num_weights, batches)
+        found = search.choose(bits * search.num_weights, comparison)
         assert found.bits <= bits * search.num_weights
         for block in ("blocks.0", "blocks.1"):
             assert len({found.formats[f"{block}.{n}"] for n in ("query", "key", "value")}) == 1
@@ -79,20 +79,76 @@ def test_the_plan_beats_plans_of_the_same_size(
     context = make_context(transformer, clips)
     search = search_of(transformer, clips, context.stats.input_amax)
     candidates = freeze_candidates(transformer, FORMATS, context.stats.input_amax)
-    batches = batches_of(others, 32)
-    references = reference_outputs(transformer, batches)
-    loss = search._sensitivities.loss
-    found = search.choose(6.0 * search.num_weights, batches_of(clips, 32))
-    ours = measure_choice(transformer, candidates, found.formats, batches, references, loss)
+    judge = comparison_of(transformer, others, 32)
+    found = search.choose(6.0 * search.num_weights, comparison_of(transformer, clips, 32))
+    ours = measure_choice(transformer, candidates, found.formats, judge)
     generator, rivals = np.random.default_rng(0), []
     while len(rivals) < 8:
         choice = tuple(int(generator.integers(len(group.options))) for group in search.groups)
         formats = search._formats(choice)
         if 5.5 * search.num_weights < search.bits(formats) <= 6.0 * search.num_weights:
-            rivals.append(
-                measure_choice(transformer, candidates, formats, batches, references, loss)
-            )
+            rivals.append(measure_choice(transformer, candidates, formats, judge))
     assert ours < 0.8 * float(np.median(rivals))
+
+
+class Allied(nn.Module):
+    """Five layers make the same error, which adds up; one makes another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.same = nn.ModuleList(nn.Linear(64, 16) for _ in range(5))
+        self.rest = nn.Linear(64, 16)
+        for layer in self.same:
+            layer.load_state_dict(self.same[0].state_dict())
+        self.rest.weight.data *= 1.25
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        x = clips.flatten(3).mean((1, 2))
+        y = self.rest(x / 2) * 2
+        for power, layer in enumerate(self.same):
+            y = y + layer(x * 2**power) / 2**power
+        return y
+
+
+def test_a_second_round_where_losses_do_not_add_up(
+    wrap: Wrap, make_clips: MakeClips, make_context: MakeContext
+) -> None:
+    model = wrap(Allied())
+    clips = make_clips(model, 16)
+    search = search_of(model, clips, make_context(model, clips).stats.input_amax, ("nvfp4", "int8"))
+    names = ("rest", *(f"same.{index}" for index in range(5)))
+    assert len(search.groups) == len(names)
+    # Enough for one layer in eight bits: that with the largest loss alone is not the one.
+    alone = {name: search._sensitivities.of(name, "nvfp4") or 0.0 for name in names}
+    assert max(alone, key=alone.__getitem__) == "rest"
+    bits = search.bits({**dict.fromkeys(names, "nvfp4"), "rest": "int8"})
+    comparison = comparison_of(model, clips, 16)
+    found = search.choose(bits, comparison)
+    assert found.formats["rest"] == "nvfp4"
+    assert sorted(found.formats.values()) == ["int8"] + ["nvfp4"] * 5
+    formats = {**dict.fromkeys(names, "nvfp4"), "rest": "int8"}
+    assert found.measured_loss < measure_choice(model, search._candidates, formats, comparison)
+
+
+def test_layers_can_be_left_to_choose_for_themselves(
+    transformer: VideoModel, make_clips: MakeClips, make_context: MakeContext
+) -> None:
+    clips = make_clips(transformer, 16)
+    candidates = freeze_candidates(
+        transformer, FORMATS, make_context(transformer, clips).stats.input_amax
+    )
+    found = predict_sensitivities(transformer, candidates, clips, num_clips=16, seed=0)
+    assert found.num_probes == 2
+    free = PrecisionSearch(transformer, candidates, found, share_inputs=False)
+    assert {group.layers for group in free.groups} == {(name,) for name in candidates}
+    grouped = PrecisionSearch(transformer, candidates, found)
+    comparison, bits = comparison_of(transformer, clips, 16), 5.5 * free.num_weights
+    sums = [
+        sum(found.of(*pair) or 0.0 for pair in each.choose(bits, comparison).formats.items())
+        for each in (free, grouped)
+    ]
+    assert sums[0] <= sums[1]
 
 
 class Routed(nn.Module):
