@@ -6,14 +6,19 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from vcompress.spec.defaults import ALGORITHM, MAX_LAYER_ERROR, NUM_CLIPS, NUM_TEST_CLIPS
+from vcompress.spec.defaults import ALGORITHM, ATTENTION, MAX_LAYER_ERROR, NUM_CLIPS, NUM_TEST_CLIPS
 from vcompress.spec.target import TARGETS
 
-__all__ = ["bar_options", "common", "model_options", "plan_options", "proof_options"]
+if TYPE_CHECKING:
+    from vcompress.models.load import LoadOptions
+
+__all__ = [
+    "bar_options", "common", "load_options", "model_options", "plan_options", "proof_options",
+]  # fmt: skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -121,7 +126,8 @@ plan_options = _with_options(
     click.option(
         "--calib",
         metavar="PATH",
-        help="Clips to calibrate on: a folder of videos, an .npz or a .pt file.",
+        help="Clips to calibrate on: a folder of videos, an .npz or a .pt file; for a denoiser, "
+        "recorded calls.",
     ),
     click.option(
         "--num-clips",
@@ -145,6 +151,14 @@ plan_options = _with_options(
         "gptq, hadamard, svdquant, awq, ...; an unknown name lists all.",
     ),
     click.option(
+        "--attention",
+        default=ATTENTION,
+        show_default=True,
+        metavar="keep|auto|int8|fp8|int8_fp8",
+        help="Format of the products of attention (QK, PV); auto takes the one with the "
+        "smallest error. An attention that it hurts more than --max-layer-error is kept.",
+    ),
+    click.option(
         "--budget-bits",
         type=float,
         metavar="BITS",
@@ -155,6 +169,19 @@ plan_options = _with_options(
         type=SIZE,
         metavar="SIZE",
         help="For --target mixed: all weights in at most so much, e.g. 12MB or 12MiB.",
+    ),
+    click.option(
+        "--max-latency",
+        type=click.FloatRange(0, 1, min_open=True),
+        metavar="SHARE",
+        help="For --target mixed: time, as a share of that of MODEL in float. Formats that do not "
+        "run here are out, unless a table says what they take.",
+    ),
+    click.option(
+        "--latency-table",
+        metavar="PATH|roofline",
+        help="With --max-latency: times of another machine, made there with vcompress latency, or "
+        "an estimate for an NVIDIA RTX 5090. Default: measured here in ONNX Runtime.",
     ),
     click.option(
         "--max-layer-error",
@@ -205,3 +232,11 @@ proof_options = _with_options(
     click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: NAME-TARGET/."),
     click.option("--force", is_flag=True, help="Replace an artifact that is already there."),
 )
+
+
+def load_options(values: dict[str, Any]) -> LoadOptions:
+    """Take what is about loading a model out of `values`."""
+    from vcompress.models.load import LoadOptions
+
+    names = ("arch", "input_spec", "trust_pickle", "clip_stride", "fps", "mean", "std", "task")
+    return LoadOptions(**{name: values.pop(name) for name in names})

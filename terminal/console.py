@@ -20,12 +20,15 @@ from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan
 
 if TYPE_CHECKING:
+    from vcompress.compress.latency_table import LatencyTable
     from vcompress.export.capabilities import Capability
     from vcompress.pipeline.revalidate import Validation
     from vcompress.pipeline.run import Outcome
     from vcompress.pipeline.sensitivity import SensitivityTable
     from vcompress.pipeline.tokens import TokenSchedule
     from vcompress.pipeline.tokens_view import TokenView
+    from vcompress.spec.attention_section import AttentionChoice
+    from vcompress.spec.plan import LayerChoice
 
 __all__ = ["Console"]
 
@@ -166,6 +169,24 @@ class Console:
         self._out.print(table)
         self._out.print(Text(f"wrote    {path}"))
 
+    def latency(self, table: LatencyTable, path: Path) -> None:
+        """Times by operation and format."""
+        if self._json:
+            self._print_json({**table.as_dict(), "path": str(path)})
+            return
+        shown = _table(("operation", *(f"{name} ms" for name in table.formats)),
+                       right=range(1, 1 + len(table.formats)))  # fmt: skip
+        seconds = table.seconds
+        for operation in dict.fromkeys(each.operation for each in table.entries):
+            cells = (seconds.get((operation, name)) for name in table.formats)
+            shown.add_row(
+                Text(operation), *("-" if cell is None else f"{1e3 * cell:.4g}" for cell in cells)
+            )
+        self._out.print(shown)
+        whole = "" if table.model_seconds is None else f", model {1e3 * table.model_seconds:.4g} ms"
+        self._out.print(Text(f"{table.source} with {table.runtime} on {table.device}{whole}"))
+        self._out.print(Text(f"table    {path}"))
+
     def plan(self, plan: CompressionPlan, path: Path) -> None:
         """A plan, layer by layer."""
         if self._json:
@@ -208,16 +229,40 @@ class Console:
             self._out.print(Text(f"wrote    {plot}"))
 
     def inspect(self, path: Path) -> None:
-        """An artifact, a plan or an ONNX file."""
-        if path.is_dir() or path.name == MANIFEST:
+        """An artifact, a plan, an ONNX file, or a folder that diffusers saved."""
+        if (
+            any((path / name).is_file() for name in ("model_index.json", "config.json"))
+            and not (path / MANIFEST).is_file()
+        ):
+            self._inspect_models(path)
+        elif path.is_dir() or path.name == MANIFEST:
             self._inspect_artifact(Artifact.open(path if path.is_dir() else path.parent))
         elif path.suffix == ".json":
             self.plan(CompressionPlan.load(path), path)
         elif path.suffix == ".onnx":
             self._inspect_onnx(path)
         else:
-            message = f"{path}: inspect reads an artifact directory, a plan.json or an .onnx file"
+            message = (
+                f"{path}: inspect reads an artifact directory, a plan.json, an .onnx file, or a "
+                "folder of a model or pipeline of diffusers"
+            )
             raise InputError(message)
+
+    def _inspect_models(self, path: Path) -> None:
+        from vcompress.models.look import look
+
+        found = look(path)
+        if self._json:
+            self._print_json({"models": [one.as_dict() for one in found]})
+            return
+        table = _table(("model", "class", "parameters", "layers", "blocks", "takes"), right=(2, 4))
+        for one in found:
+            layers = ", ".join(f"{count} {kind}" for kind, count in one.layers.items())
+            table.add_row(
+                Text(one.path), one.family, f"{one.num_parameters:,}", layers,
+                str(len(one.blocks)), Text(one.inputs),
+            )  # fmt: skip
+        self._out.print(table)
 
     def _inspect_artifact(self, artifact: Artifact) -> None:
         plan_path, report_path = artifact.file("plan"), artifact.file("report")
@@ -294,8 +339,17 @@ class Console:
             self._out.print(Text(
                 f"tokens   {plan.tokens.num_patches} patches, {attention} attention: {sites}"
             ))  # fmt: skip
+        search = evidence.get("search", {})
+        if "latency_share_by_table" in search:
+            made = search["latency_table"]
+            self._out.print(Text(
+                f"time     {100 * search['latency_share_by_table']:.1f} % of the float model's by "
+                f"the latency table ({made['source']}: {made['runtime']}, {made['device']})"
+            ))  # fmt: skip
         table = _table(("layer", "format", "score", "reason"), right=(2,))
-        for name, choice in plan.quantize.items():
+        lines: list[tuple[str, LayerChoice | AttentionChoice]] = [*plan.quantize.items()]
+        lines += [(f"{name} (QK, PV)", line) for name, line in (plan.attention or {}).items()]
+        for name, choice in lines:
             score = "" if choice.score is None else f"{choice.score:.4f}"
             table.add_row(Text(name), choice.format, score, Text(choice.reason))
         self._out.print(table)
