@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vcompress.models.load import LoadOptions, load_model, wrap_module
+    from vcompress.models.recording import record_calls
     from vcompress.pipeline import Options, Outcome, apply, apply_plan, make_plan, quantize
+    from vcompress.pipeline.compressed import compressed
     from vcompress.pipeline.revalidate import validate as validate_artifact
     from vcompress.pipeline.sensitivity import sensitivity
+    from vcompress.pipeline.stream import stream
     from vcompress.pipeline.tokens import find_tokens
     from vcompress.spec.artifact import Artifact
     from vcompress.spec.plan import CompressionPlan
@@ -26,8 +29,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Artifact", "CompressionPlan", "LoadOptions", "Options", "Outcome", "apply", "apply_plan",
-    "find_tokens", "load_model", "make_plan", "quantize", "sensitivity", "validate_artifact",
-    "wrap_module",
+    "compressed", "find_tokens", "load_model", "make_plan", "quantize", "record_calls",
+    "sensitivity", "stream", "validate_artifact", "wrap_module",
 ]  # fmt: skip
 
 _HOMES = {
@@ -38,11 +41,14 @@ _HOMES = {
     "Outcome": "vcompress.pipeline:Outcome",
     "apply": "vcompress.pipeline:apply",
     "apply_plan": "vcompress.pipeline:apply_plan",
+    "compressed": "vcompress.pipeline.compressed:compressed",
     "find_tokens": "vcompress.pipeline.tokens:find_tokens",
     "load_model": "vcompress.models.load:load_model",
     "make_plan": "vcompress.pipeline:make_plan",
     "quantize": "vcompress.pipeline:quantize",
+    "record_calls": "vcompress.models.recording:record_calls",
     "sensitivity": "vcompress.pipeline:sensitivity",
+    "stream": "vcompress.pipeline.stream:stream",
     "validate_artifact": "vcompress.pipeline.revalidate:validate",
     "wrap_module": "vcompress.models.load:wrap_module",
 }

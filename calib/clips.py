@@ -17,8 +17,10 @@ from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vcompress.calib.preprocess import to_model_input
+from vcompress.models.calls import Batch
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
 
@@ -136,6 +138,10 @@ class Clips(Sequence[Array]):
             np.stack([self[index] for index in range(start, min(start + size, len(self)))])
             for start in range(0, len(self), size)
         )
+
+    def tensors(self, size: int) -> Iterator[Batch]:
+        """The same as `batches`, as tensors."""
+        return (torch.from_numpy(batch) for batch in self.batches(size))
 
     def subset(self, indices: Sequence[int]) -> Clips:
         """The clips at `indices`, in that order, as a copy with nothing in `skipped`."""

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from av.video.reformatter import VideoReformatter
     from av.video.stream import VideoStream
 
-__all__ = ["read_frames"]
+__all__ = ["check_complete", "naming", "opened", "picture_of", "read_frames"]
 
 _DECODERS = (
     "av1", "dnxhd", "ffv1", "flashsv", "flv", "gif", "h261", "h263", "h264", "hevc", "huffyuv",
@@ -69,9 +69,9 @@ def read_frames(path: Path, spec: ClipSpec) -> npt.NDArray[np.uint8]:
             message is `path: reason`.
         MissingCapabilityError: PyAV is not installed.
     """
-    with _naming(path):
+    with naming(path):
         demuxer = sniff_demuxer(path)
-        with _opened(path, demuxer) as (container, stream):
+        with opened(path, demuxer) as (container, stream):
             times, frame_duration = _survey(container, stream)
         guess = sample_indices(times, frame_duration, spec)
         pictures, wanted = _decode(path, demuxer, guess, len(times), spec)
@@ -82,7 +82,7 @@ def read_frames(path: Path, spec: ClipSpec) -> npt.NDArray[np.uint8]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Turn everything that PyAV and the file system can raise into `InputError: path: reason`."""
     try:
         import av
@@ -106,7 +106,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path, demuxer: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(path: Path, demuxer: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open the file with exactly this demuxer and find its video stream."""
     import av
 
@@ -152,7 +152,7 @@ def _survey(container: InputContainer, stream: VideoStream) -> tuple[list[Fracti
         raise InputError(message)
     known = sorted(stamp for stamp in stamps if stamp is not None)
     times, frame_duration = _times(known if len(known) == len(stamps) else stamps, stream)
-    _check_complete(container, stream, num_packets, times[-1] + frame_duration)
+    check_complete(container, stream, num_packets, times[-1] + frame_duration)
     return times, frame_duration
 
 
@@ -169,7 +169,7 @@ def _times(stamps: Sequence[int | None], stream: VideoStream) -> tuple[list[Frac
     return [stamp * stream.time_base for stamp in known], 1 / rate
 
 
-def _check_complete(
+def check_complete(
     container: InputContainer, stream: VideoStream, num_packets: int, end_s: Fraction
 ) -> None:
     """Compare what is there with what the container declares, where it declares something."""
@@ -210,14 +210,14 @@ def _decode(
     pictures: dict[int, npt.NDArray[np.uint8]] = {}
     stamps: list[int | None] = []
     reformatter = VideoReformatter()
-    with _opened(path, demuxer) as (container, stream):
+    with opened(path, demuxer) as (container, stream):
         for frame in container.decode(stream):
             index = len(stamps)
             if frame.is_corrupt:
                 message = f"truncated or corrupt video: frame {index} is damaged"
                 raise InputError(message)
             if index in keep:
-                pictures[index] = _picture(frame, reformatter, spec)
+                pictures[index] = picture_of(frame, reformatter, spec)
             stamps.append(frame.pts)
             _check_length(len(stamps), stream)
         if not stamps or len(stamps) < _MIN_DECODED_SHARE * num_packets:
@@ -227,7 +227,7 @@ def _decode(
     return pictures, sample_indices(times, frame_duration, spec)
 
 
-def _picture(
+def picture_of(
     frame: VideoFrame, reformatter: VideoReformatter, spec: ClipSpec
 ) -> npt.NDArray[np.uint8]:
     """One frame upright, resized and cropped: `[H, W, 3]` RGB."""

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vcompress.calib.clips import Clips
+from vcompress.calib.calls import Samples
 from vcompress.calib.stats import NEEDS, Stats
+from vcompress.models.calls import Batch
 from vcompress.spec.errors import InputError
 
 __all__ = ["observe"]
@@ -25,11 +26,14 @@ _SPATIAL_AXES: dict[type[nn.Module], int] = {
     nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3,
 }  # fmt: skip
 
+# Numbers a clip: more are not worth their memory.
+_LARGEST_OUTPUT = 2**14
+
 
 def observe(
-    forward: Callable[[torch.Tensor], object],
+    forward: Callable[[Batch], object],
     layers: Mapping[str, nn.Module],
-    clips: Clips,
+    clips: Samples,
     *,
     needs: frozenset[str],
     batch_size: int = 8,
@@ -38,8 +42,8 @@ def observe(
     """Run all `clips` through `forward` once and collect the statistics `needs`.
 
     Args:
-        forward: runs the model on a batch `[n, *input_shape]` on the CPU (it moves the batch
-            where the model is); its result is not used.
+        forward: runs the model on a batch of `n` clips or calls on the CPU (it moves the batch
+            where the model is).
         layers: the layers to watch, by full name.
         clips: the calibration clips.
         needs: names in `stats.NEEDS`.
@@ -55,10 +59,13 @@ def observe(
         message = f"unknown statistics {sorted(unknown)}; known are {sorted(NEEDS)}"
         raise ValueError(message)
     collector = _Collector(needs)
+    outputs: list[torch.Tensor | None] = []
     start = 0
     with torch.inference_mode(), _watched(layers, collector.see):
-        for batch in clips.batches(batch_size):
-            forward(torch.from_numpy(batch))
+        for batch in clips.tensors(batch_size):
+            result = forward(batch)
+            if "outputs" in needs:
+                outputs.append(_small(result, len(batch)))
             collector.check(start, start + len(batch) - 1)
             start += len(batch)
             if on_batch is not None:
@@ -69,7 +76,20 @@ def observe(
         calls={name: collector.calls.get(name, 0) for name in layers},
         input_amax=collector.input_amax() if "input_amax" in needs else {},
         input_channel_amax=collector.channel_amax() if "input_channel_amax" in needs else {},
+        outputs=_joined(outputs),
     )
+
+
+def _small(result: object, count: int) -> torch.Tensor | None:
+    """`result` on the CPU, if it is a small tensor of `count` rows: class probabilities are."""
+    if not isinstance(result, torch.Tensor) or result.shape[:1] != (count,):
+        return None
+    return result.cpu() if result.numel() <= count * _LARGEST_OUTPUT else None
+
+
+def _joined(outputs: list[torch.Tensor | None]) -> torch.Tensor | None:
+    kept = [output for output in outputs if output is not None]
+    return torch.cat(kept) if kept and len(kept) == len(outputs) else None
 
 
 class _Collector:

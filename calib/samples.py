@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from vcompress.calib.clips import Clips
+from vcompress.calib.calls import Samples
+from vcompress.models.calls import Batch
 
 __all__ = ["sample_inputs"]
 
 
 def sample_inputs(
-    forward: Callable[[torch.Tensor], object],
+    forward: Callable[[Batch], object],
     layers: Mapping[str, nn.Module],
-    clips: Clips,
+    clips: Samples,
     *,
     num_tokens: int,
     seed: int,
@@ -46,9 +47,9 @@ def sample_inputs(
         for name, layer in layers.items():
             handle = layer.register_forward_pre_hook(sampler.hook(name), with_kwargs=True)
             hooks.callback(handle.remove)
-        for batch in clips.batches(batch_size):
+        for batch in clips.tensors(batch_size):
             sampler.begin(-(-num_tokens // num_batches))
-            forward(torch.from_numpy(batch))
+            forward(batch)
             if on_batch is not None:
                 on_batch(len(batch))
     return sampler.result()

@@ -14,11 +14,11 @@ from fractions import Fraction
 
 from vcompress.spec.clip import ClipSpec
 
-__all__ = ["centered_indices", "crop_origin", "resized_size", "sample_indices"]
+__all__ = ["TOLERANCE_S", "centered_indices", "crop_origin", "resized_size", "sample_indices"]
 
 # Matroska rounds timestamps to a millisecond; without this much slack a frame that starts at
 # 0.0667 s would be missed by a request for t = 2/30 s.
-_TOLERANCE_S = Fraction(1, 1000)
+TOLERANCE_S = Fraction(1, 1000)
 
 
 def centered_indices(count: int, num_frames: int, stride: int) -> tuple[int, ...]:
@@ -50,9 +50,9 @@ def sample_indices(
         return centered_indices(len(times), spec.num_frames, spec.stride)
     fps = Fraction(spec.fps).limit_denominator(1001)
     duration = times[-1] - times[0] + frame_duration
-    count = max(1, int((duration + _TOLERANCE_S) * fps))
+    count = max(1, int((duration + TOLERANCE_S) * fps))
     return tuple(
-        bisect_right(times, times[0] + step / fps + _TOLERANCE_S) - 1
+        bisect_right(times, times[0] + step / fps + TOLERANCE_S) - 1
         for step in centered_indices(count, spec.num_frames, spec.stride)
     )
 

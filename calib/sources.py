@@ -1,10 +1,11 @@
-"""Where clips come from: the user's files, or the sets that ship with the reference models."""
+"""Where clips and calls come from: the user's files, or what ships with the reference models."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from vcompress.calib.calls import Calls, Samples, load_calls
 from vcompress.calib.clips import Clips
 from vcompress.calib.load import load_clips
 from vcompress.models.reference.catalog import Part, reference_clips
@@ -38,10 +39,13 @@ class ClipRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSets:
-    """Calibration clips, test clips, the source of the latter, and what was skipped and why."""
+    """Calibration clips, test clips, the source of the latter, and what was skipped and why.
 
-    calibration: Clips
-    test: Clips
+    For a model that takes named tensors they are recorded calls.
+    """
+
+    calibration: Samples
+    test: Samples
     test_source: str
     skipped: tuple[tuple[str, str], ...]
 
@@ -66,12 +70,19 @@ def open_clips(
     return load_clips(source, spec, limit=limit, seed=seed, label_names=labels or None)
 
 
-def open_clip_sets(request: ClipRequest, spec: ClipSpec, labels: tuple[str, ...]) -> ClipSets:
+def open_clip_sets(
+    request: ClipRequest, spec: ClipSpec | None, labels: tuple[str, ...]
+) -> ClipSets:
     """Calibration clips, and test clips that calibration never sees.
 
     Without `data` the test clips of a reference task are its test set; those of a folder are a
     quarter of `calib`, held out by `seed`.
+
+    Args:
+        spec: of the clips; None for a model that takes named tensors.
     """
+    if spec is None:
+        return _open_call_sets(request)
     calib, seed, data = request.calib, request.seed, request.data
     if data is None and calib.startswith(REFERENCE_PREFIX):
         data = calib
@@ -102,7 +113,36 @@ def open_clip_sets(request: ClipRequest, spec: ClipSpec, labels: tuple[str, ...]
     )
 
 
-def _refuse_overlap(calibration: Clips, test: Clips) -> None:
+def _open_call_sets(request: ClipRequest) -> ClipSets:
+    """Recorded calls; without `data` a quarter of the generations is held out by `seed`."""
+    everything, data = load_calls(Path(request.calib)), request.data
+    if data is None:
+        test, calibration = everything.split(_TEST_SHARE, request.seed)
+        source = f"{request.calib} (held out: {test.num_generations} of "
+        source += f"{everything.num_generations} generations)"
+    else:
+        calibration, test, source = everything, load_calls(Path(data)), data
+        _refuse_overlap(calibration, test)
+        _refuse_other_calls(calibration, test, data)
+    return ClipSets(
+        calibration=calibration.spread(request.num_clips),
+        test=test.spread(request.num_test_clips),
+        test_source=source,
+        skipped=(),
+    )
+
+
+def _refuse_other_calls(calibration: Calls, test: Calls, data: str) -> None:
+    ours, theirs = calibration.rows[0].call.spec, test.rows[0].call.spec
+    if (calibration.module_class, ours) != (test.module_class, theirs):
+        message = (
+            f"{data}: test calls must be of the same model and size as those of --calib, "
+            f"{calibration.module_class} with {ours}; got {test.module_class} with {theirs}"
+        )
+        raise InputError(message)
+
+
+def _refuse_overlap(calibration: Samples, test: Samples) -> None:
     if calibration.digest == test.digest:
         message = (
             "--data and --calib are the same clips: a model that is judged on its calibration "

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vcompress.calib.clips import Clips
+from vcompress.calib.calls import Samples
 
 __all__ = ["NEEDS", "Stats"]
 
 # The statistics that a pass can ask for.
-NEEDS = frozenset({"input_amax", "input_channel_amax"})
+NEEDS = frozenset({"input_amax", "input_channel_amax", "outputs"})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,6 +27,8 @@ class Stats:
         calls: how often each layer was called; 0 where it was never reached.
         input_amax: largest absolute value of the layer's first input.
         input_channel_amax: the same for each input channel, `[channels]` float32 on the CPU.
+        outputs: what the model made of each clip, `[num_clips, ...]` on the CPU; None where nobody
+            asked or where it is too large to keep.
     """
 
     num_clips: int
@@ -34,9 +36,10 @@ class Stats:
     calls: dict[str, int]
     input_amax: dict[str, float]
     input_channel_amax: dict[str, torch.Tensor]
+    outputs: torch.Tensor | None = None
 
     @classmethod
-    def nothing(cls, clips: Clips) -> Stats:
+    def nothing(cls, clips: Samples) -> Stats:
         """What stands in where no pass needs a statistic of `clips`: no layer was watched."""
         return cls(
             num_clips=len(clips),

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vcompress.models.calls import Batch
 from vcompress.models.video import VideoModel, primary_output
 
 __all__ = [
@@ -65,7 +66,7 @@ def replaced_all(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iter
         yield
 
 
-def recorded_inputs(model: VideoModel, names: set[str], clips: torch.Tensor) -> dict[str, Call]:
+def recorded_inputs(model: VideoModel, names: set[str], clips: Batch) -> dict[str, Call]:
     """The first call of each module in `names` while the model processes `clips`."""
     calls: dict[str, Call] = {}
 
@@ -113,7 +114,7 @@ def block_error(
 
 @torch.inference_mode()
 def measure_block_errors(
-    model: VideoModel, frozen: Mapping[str, nn.Module], clips: torch.Tensor,
+    model: VideoModel, frozen: Mapping[str, nn.Module], clips: Batch,
     on_layer: Callable[[int], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """The error that each of the `frozen` layers causes alone, by layer.

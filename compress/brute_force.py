@@ -13,18 +13,19 @@ from torch import nn
 
 from vcompress.compress.block_error import replaced
 from vcompress.compress.losses import TaskLoss
+from vcompress.models.calls import Batch
 from vcompress.models.video import VideoModel
 
 __all__ = ["measure_loss", "measure_losses", "reference_outputs"]
 
 
-def reference_outputs(model: VideoModel, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def reference_outputs(model: VideoModel, batches: Sequence[Batch]) -> list[torch.Tensor]:
     """The output of `model` for each batch of clips."""
     return [model(batch) for batch in batches]
 
 
 def measure_loss(
-    model: VideoModel, batches: Sequence[torch.Tensor], references: Sequence[torch.Tensor],
+    model: VideoModel, batches: Sequence[Batch], references: Sequence[torch.Tensor],
     loss: TaskLoss,
 ) -> float:  # fmt: skip
     """Mean loss over all clips of `batches`, against `references`."""
@@ -37,7 +38,7 @@ def measure_loss(
 
 def measure_losses(
     model: VideoModel, candidates: Mapping[str, Mapping[str, nn.Module]],
-    batches: Sequence[torch.Tensor], references: Sequence[torch.Tensor], loss: TaskLoss, *,
+    batches: Sequence[Batch], references: Sequence[torch.Tensor], loss: TaskLoss, *,
     on_pair: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Mean loss with one layer alone in one format, for all `candidates`.

@@ -1,30 +1,28 @@
 """Calibrate the weights and inputs of the chosen layers, and use only what helps.
 
-Every algorithm, ours or modelopt's, is judged layer by layer on tokens that it was not fitted to;
-a layer for which it is worse than plain rounding, or NaN, is rounded plainly. Then the whole model
-is judged on calibration clips: if all solutions together are worse than none, none is used.
+A third of the calibration clips is held out. Every algorithm, ours or modelopt's, is fitted to the
+others and judged layer by layer on tokens of clips that it was not fitted to; a layer for which it
+is worse than plain rounding, or NaN, is rounded plainly. What comes of all layers together is
+judged in `whole_model`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import nn
 
+from vcompress.calib.calls import Samples
 from vcompress.calib.samples import sample_inputs
 from vcompress.compress.algorithms.problem import LayerProblem, Solution, split_tokens
 from vcompress.compress.algorithms.select import ALGORITHMS as OWN_ALGORITHMS
 from vcompress.compress.algorithms.select import guarded, plain, recipes_of, solve
-from vcompress.compress.block_error import replaced_all
-from vcompress.compress.brute_force import measure_loss, reference_outputs
+from vcompress.compress.clip_choice import fit_and_judge
 from vcompress.compress.context import PlanContext
 from vcompress.compress.frozen import freeze
-from vcompress.compress.losses import loss_of
 from vcompress.compress.modelopt_bridge import ALGORITHMS as MODELOPT_ALGORITHMS
 from vcompress.compress.modelopt_bridge import RANKS as MODELOPT_RANKS
-from vcompress.compress.precision_search import batches_of
 from vcompress.models.video import VideoModel
 from vcompress.spec.errors import InputError
 from vcompress.spec.formats import FLOAT, FORMATS
@@ -32,13 +30,11 @@ from vcompress.spec.strict_json import nearest
 
 __all__ = [
     "ALGORITHMS", "calibrate_layers", "check_algorithm", "extra_bits", "freeze_solutions",
-    "without_harm",
 ]  # fmt: skip
 
 ALGORITHMS: tuple[str, ...] = (*OWN_ALGORITHMS, *MODELOPT_ALGORITHMS)
 
 _NUM_TOKENS = 4096
-_NUM_COMPARISON_CLIPS = 32
 # With eight bits plain rounding loses next to nothing; what `auto` could gain is too little.
 _FEW_BITS = 8
 _FLOAT_BITS = 32
@@ -61,13 +57,26 @@ def calibrate_layers(
     }
     if context.algorithm == "max" or not treated:
         return solutions
-    inputs = _samples(model, list(treated), context)
+    fitted, judged = fit_and_judge(context.calibration)
+    if judged is None and context.algorithm == "auto":
+        context.warn("auto needs a second calibration clip to judge by; layers are rounded plainly")
+        return solutions
+    inputs = _samples(model, list(treated), fitted, _NUM_TOKENS, context)
+    held_out: dict[str, torch.Tensor] = {}
+    if judged is not None:
+        held_out = _samples(model, list(treated), judged, _NUM_TOKENS // 2, context)
+    # Layers that all the clips together reach, but not those of the one part.
+    missing = {name: each for name, each in held_out.items() if name not in inputs}
+    inputs |= missing
+    held_out = {name: each for name, each in held_out.items() if name not in missing}
     if context.algorithm in MODELOPT_ALGORITHMS:
-        return solutions | _from_modelopt(model, treated, inputs, context)
+        return solutions | _from_modelopt(model, treated, inputs, held_out, context)
     with context.stage(f"calibrate ({context.algorithm})", len(treated)) as advance:
         for name, format_name in treated.items():
             problem = _problem(model, name, format_name, inputs, context)
-            solutions[name] = solve(problem, context.algorithm, seed=context.seed)
+            solutions[name] = solve(
+                problem, context.algorithm, held_out=held_out.get(name), seed=context.seed
+            )
             advance(1)
     return solutions
 
@@ -109,11 +118,13 @@ def _wanted(model: VideoModel, name: str, format_name: str, algorithm: str) -> b
     return algorithm != "auto" or FORMATS[format_name].element_bits < _FEW_BITS
 
 
-def _samples(model: VideoModel, names: list[str], context: PlanContext) -> dict[str, torch.Tensor]:
-    with context.stage("sample inputs", len(context.calibration)) as advance:
+def _samples(
+    model: VideoModel, names: list[str], clips: Samples, num_tokens: int, context: PlanContext
+) -> dict[str, torch.Tensor]:
+    with context.stage("sample inputs", len(clips)) as advance:
         return sample_inputs(
-            model, {name: model.layer(name) for name in names}, context.calibration,
-            num_tokens=_NUM_TOKENS, seed=context.seed, on_batch=advance,
+            model, {name: model.layer(name) for name in names}, clips,
+            num_tokens=num_tokens, seed=context.seed, on_batch=advance,
         )  # fmt: skip
 
 
@@ -134,13 +145,13 @@ def _problem(
 
 def _from_modelopt(
     model: VideoModel, formats: Mapping[str, str], inputs: Mapping[str, torch.Tensor],
-    context: PlanContext,
+    held_out: Mapping[str, torch.Tensor], context: PlanContext,
 ) -> dict[str, Solution]:  # fmt: skip
     from vcompress.compress.modelopt_bridge import calibrate
 
     def run_clips(subject: VideoModel) -> None:
-        for batch in context.calibration.batches(8):
-            subject(torch.from_numpy(batch))
+        for batch in fit_and_judge(context.calibration)[0].tensors(8):
+            subject(batch)
 
     with context.stage(f"calibrate with modelopt ({context.algorithm})", None):
         found = calibrate(model, formats, context.algorithm, run_clips)
@@ -152,8 +163,10 @@ def _from_modelopt(
         if name not in found.input_amax:
             solutions[name] = plain(problem, note=f"{context.algorithm} left this layer out")
             continue
-        _, held_out = split_tokens(problem, context.seed)
-        solutions[name] = guarded(problem, found.solution(name), held_out)
+        judged = held_out.get(name)
+        if judged is None or not len(judged):
+            _, judged = split_tokens(problem, context.seed)
+        solutions[name] = guarded(problem, found.solution(name), judged)
     return solutions
 
 
@@ -169,42 +182,3 @@ def freeze_solutions(
         )
         for name, solution in solutions.items()
     }  # fmt: skip
-
-
-def without_harm(
-    model: VideoModel, formats: Mapping[str, str], solutions: dict[str, Solution],
-    context: PlanContext,
-) -> tuple[dict[str, Solution], str | None]:  # fmt: skip
-    """`solutions`, or plain rounding of every layer if the model as a whole is better off.
-
-    Returns:
-        The solutions, and one line with both losses; None where there was nothing to compare.
-    """
-    rounded = {
-        name: replace(
-            solution, rotation=None, tensors={}, input_amax=context.stats.input_amax[name]
-        )
-        for name, solution in solutions.items()
-    }  # fmt: skip
-    changed = {name for name, each in solutions.items() if each.tensors or each.rotation}
-    if not changed:
-        return solutions, None
-    batches = batches_of(context.calibration, _NUM_COMPARISON_CLIPS)
-    references, loss = reference_outputs(model, batches), loss_of(model.task)
-    losses = []
-    for candidate in (solutions, rounded):
-        with replaced_all(model.module, freeze_solutions(model, formats, candidate)):
-            losses.append(measure_loss(model, batches, references, loss))
-    compared = (
-        f"{loss.name} {losses[0]:.2e} with {context.algorithm} on {sum(map(len, batches))} "
-        f"calibration clips, {losses[1]:.2e} with plain rounding"
-    )
-    if losses[0] <= losses[1]:
-        return solutions, compared
-    context.warn(f"{compared}: every layer is rounded plainly")
-    note = f"{context.algorithm} not used: the whole model is worse with it"
-    dropped = {
-        name: replace(each, note=note) if name in changed else each
-        for name, each in rounded.items()
-    }
-    return dropped, compared

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import torch
-
-from vcompress.calib.clips import Clips
+from vcompress.calib.calls import Samples
 from vcompress.calib.stats import Stats
+from vcompress.compress.latency_table import LatencyTable
+from vcompress.models.calls import Batch
 from vcompress.models.video import VideoModel
 from vcompress.spec.budget import Budget
+from vcompress.spec.defaults import ATTENTION
 from vcompress.spec.target import Target
 from vcompress.spec.token_section import TokenSection
 
@@ -33,9 +34,11 @@ class PlanContext:
         target: the deployment.
         stats: what calibration observed; covers the union of all passes' needs.
         original: the model before any pass.
-        calibration: the clips.
+        calibration: the clips, or the recorded calls.
         tokens: the share of tokens that blocks see on average, a budget to search a schedule
             under, a schedule, or None to leave tokens alone.
+        attention: "keep", "auto" or a format for the products of attention.
+        latency: what a budget of time is counted by; None for other budgets.
         algorithm: how inputs and weights are calibrated, a name in `calibration.ALGORITHMS`.
         max_layer_error: see `spec.defaults.MAX_LAYER_ERROR`.
         budget: what formats are searched under; None to take the target's in their order.
@@ -47,7 +50,7 @@ class PlanContext:
     target: Target
     stats: Stats
     original: VideoModel
-    calibration: Clips
+    calibration: Samples
     tokens: TokenRequest | None
     algorithm: str
     max_layer_error: float
@@ -55,8 +58,10 @@ class PlanContext:
     seed: int
     stage: Stage
     warn: Callable[[str], None]
+    attention: str = ATTENTION
+    latency: LatencyTable | None = None
 
     @property
-    def clips(self) -> torch.Tensor:
-        """A few calibration clips `[B, *input_shape]`, for measurements of single blocks."""
-        return torch.from_numpy(next(self.calibration.batches(_NUM_MEASUREMENT_CLIPS)))
+    def clips(self) -> Batch:
+        """A few calibration clips or calls, for measurements of single blocks."""
+        return next(self.calibration.tensors(_NUM_MEASUREMENT_CLIPS))

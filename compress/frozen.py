@@ -47,6 +47,9 @@ class FrozenLayer(nn.Module):
 
     `half()` and its kin move these buffers but do not change their types. The output has the type
     of the input.
+
+    Models ask their layers for a type, to bring an input to it: of the weight, or of any parameter.
+    `type_marker` answers, a parameter without elements that follows `half()`.
     """
 
     input_scale: torch.Tensor | None
@@ -69,6 +72,8 @@ class FrozenLayer(nn.Module):
         self.register_buffer("low_rank_down", down)
         self.register_buffer("low_rank_up", up)
         self.register_buffer("rotation", prepared.rotation, persistent=False)
+        device = next(iter(prepared.weight.values())).device
+        self.type_marker = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
 
     @property
     def stored_weight(self) -> dict[str, torch.Tensor]:
@@ -94,7 +99,7 @@ class FrozenLayer(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """As the layer had it before; many models ask for its type before they call the layer."""
-        return self.dequantized_weight()
+        return self.dequantized_weight().to(self.type_marker.dtype)
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
         """`x`, smoothed and rotated already, as the format can hold it."""
@@ -108,6 +113,7 @@ class FrozenLayer(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Follow a move to another device; keep the type, which is part of the format."""
+        self.type_marker = nn.Parameter(fn(self.type_marker.detach()), requires_grad=False)
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = buffer.to(device=fn(buffer).device)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from vcompress.compress.attention_plan import decide_attention
+from vcompress.compress.attention_sites import apply_attention
 from vcompress.compress.context import PlanContext
 from vcompress.compress.precision import plan_precision
 from vcompress.compress.quantize import apply_choices
@@ -19,7 +21,7 @@ from vcompress.compress.tokens.surgery import apply_reduction
 from vcompress.models.video import VideoModel
 from vcompress.spec.plan import CompressionPlan
 
-__all__ = ["PASSES", "Pass", "Planned"]
+__all__ = ["PASSES", "AttentionPass", "Pass", "Planned"]
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,22 @@ class TokenPass:
             return Planned(plan, {})
         decided = decide_tokens(model, context.tokens, context)
         evidence = {**plan.evidence, "tokens": decided.evidence}
-        tensors = {} if decided.readout is None else {TOKENS: decided.readout}
+        tensors = {TOKENS: decided.tensors} if decided.tensors else {}
         return Planned(replace(plan, tokens=decided.section, evidence=evidence), tensors)
 
     def apply(self, model: VideoModel, plan: CompressionPlan, tensors: ModelTensors) -> None:
         """Install the hooks that reduce, and the readout that goes with them."""
         if plan.tokens is not None:
-            apply_reduction(model, plan.tokens)
+            own = tensors.get(TOKENS, {})
+            apply_reduction(model, plan.tokens, own)
             if plan.tokens.readout is not None:
-                apply_readout(model, plan.tokens.readout, tensors.get(TOKENS, {}))
+                apply_readout(model, plan.tokens.readout, own)
 
 
 class QuantizePass:
     """Per-layer precision."""
 
-    needs: frozenset[str] = frozenset({"input_amax"})
+    needs: frozenset[str] = frozenset({"input_amax", "outputs"})
 
     def plan(self, model: VideoModel, plan: CompressionPlan, context: PlanContext) -> Planned:
         """The section `quantize`."""
@@ -85,4 +88,24 @@ class QuantizePass:
         apply_choices(model, plan.quantize, tensors)
 
 
-PASSES: tuple[Pass, ...] = (TokenPass(), QuantizePass())
+class AttentionPass:
+    """Products of attention in eight bits; layers are then calibrated on what these give."""
+
+    needs: frozenset[str] = frozenset()
+
+    def plan(self, model: VideoModel, plan: CompressionPlan, context: PlanContext) -> Planned:
+        """The section `attention`, if it is asked for."""
+        decided = decide_attention(model, context)
+        if decided is None:
+            return Planned(plan, {})
+        section, measured = decided
+        evidence = {**plan.evidence, "attention": measured}
+        return Planned(replace(plan, attention=section, evidence=evidence), {})
+
+    def apply(self, model: VideoModel, plan: CompressionPlan, tensors: ModelTensors) -> None:
+        """Put quantized products in the place of those of the chosen attentions."""
+        if plan.attention is not None:
+            apply_attention(model.module, plan.attention)
+
+
+PASSES: tuple[Pass, ...] = (TokenPass(), AttentionPass(), QuantizePass())

@@ -91,7 +91,7 @@ def apply_choices(
         frozen = freeze(
             layer,
             choice.format,
-            choice.input_amax,
+            choice.rounded_amax,
             rotation=choice.rotation,
             tensors=select(tensors.get(name, {}), choice.tensors),
             name=name,

@@ -10,7 +10,8 @@ A layer's tensors are called by part:
 | `weight_...` | as the format has it | the stored weight, named as in a frozen layer |
 
 Under the name `tokens` stand `readout_weight` [N, K] and `readout_bias` [N] of the plan's section
-of that name (see `compress.tokens.readout`).
+of that name (see `compress.tokens.readout`), and `centers_BLOCK` [P, D] of its fitted techniques
+(see `compress.tokens.techniques.centroids`; P centres, D width of a key).
 
 Shapes: N output channels, K input channels, R rank.
 """

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -26,7 +26,9 @@ from vcompress.compress.frozen import FrozenLayer
 from vcompress.export.dialects.dialect import Dialect
 from vcompress.export.dialects.portable import PORTABLE
 from vcompress.export.dialects.tensorrt import TENSORRT
+from vcompress.export.simplify import expand_boolean_where
 from vcompress.export.trace import quiet, trace
+from vcompress.models.calls import Batch, Call
 from vcompress.spec.errors import BuildError, InputError
 
 __all__ = ["DIALECTS", "GraphFacts", "export_onnx"]
@@ -47,13 +49,14 @@ class GraphFacts:
         files: the ONNX file first, then its external data, if any.
         dialect: name of the dialect.
         opset: version of the default domain.
-        input_shape: sizes; "batch" where the size is free.
+        input_shape: sizes of the first input; "batch" where the size is free.
         output_shape: as `input_shape`.
         static_reason: why the batch size is fixed; None if it is free.
         num_nodes: operators in the graph.
         own_operators: types of those that are no part of ONNX, which only the dialect's runtimes
             know.
         num_bytes: of all files.
+        inputs: the shapes of all inputs by name, in their order.
     """
 
     files: tuple[Path, ...]
@@ -65,11 +68,12 @@ class GraphFacts:
     num_nodes: int
     own_operators: tuple[str, ...]
     num_bytes: int
+    inputs: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
 
 
 def export_onnx(
     module: nn.Module,
-    example: torch.Tensor,
+    example: Batch,
     path: Path,
     *,
     dialect: str,
@@ -81,11 +85,12 @@ def export_onnx(
     """Write `module` as the ONNX file `path`, which appears only when it is complete.
 
     Args:
-        module: takes one tensor, returns one tensor; may hold frozen layers.
+        module: takes one tensor, or named tensors in a dictionary, and returns one tensor; may
+            hold frozen layers.
         example: an input; its first axis is the batch.
         path: of the file; with weights above 1.8 GB they go to `<name>.data` beside it.
         dialect: a key of `DIALECTS`.
-        input_name: of the input in the graph.
+        input_name: of the input in the graph; the tensors of a call keep their names.
         output_name: of the output in the graph.
         metadata: goes into the file's metadata_props.
         dynamic_batch: leave the batch size free where the module allows it; else it becomes that
@@ -105,7 +110,8 @@ def export_onnx(
         signature = traced.program.graph_signature
         constants = set(signature.non_persistent_buffers)
         _tidy(model, {*signature.parameters, *signature.buffers}, constants)
-    _rename(model, input_name, output_name)
+    names = list(example.flat) if isinstance(example, Call) else [input_name]
+    _rename(model, names, output_name)
     model.metadata_props.update(metadata)
     files = _save(model, path)
     return GraphFacts(
@@ -118,6 +124,7 @@ def export_onnx(
         num_nodes=len(model.graph),
         own_operators=tuple(sorted({node.op_type for node in model.graph if node.domain})),
         num_bytes=sum(file.stat().st_size for file in files),
+        inputs={str(value.name): _shape(value) for value in model.graph.inputs},
     )
 
 
@@ -176,6 +183,7 @@ def _translate(program: torch.export.ExportedProgram, dialect: Dialect) -> ir.Mo
     assert exported is not None
     model = exported.model
     common.InlinePass()(model)
+    expand_boolean_where(model)
     dialect.finish(model)
     return model
 
@@ -221,15 +229,19 @@ def _merge_constants(model: ir.Model, parameters: set[str]) -> None:
             del model.graph.initializers[name]
 
 
-def _rename(model: ir.Model, input_name: str, output_name: str) -> None:
-    """Name input, output and the batch axis."""
-    (source,), (result,) = model.graph.inputs, model.graph.outputs
+def _rename(model: ir.Model, input_names: Sequence[str], output_name: str) -> None:
+    """Name inputs, output and the batch axis."""
+    (result,) = model.graph.outputs
+    source = model.graph.inputs[0]
     assert source.shape is not None
     symbol = source.shape[0]
-    source.name, result.name = input_name, output_name
+    for value, name in zip(model.graph.inputs, input_names, strict=True):
+        value.name = name
+    result.name = output_name
     if isinstance(symbol, int):
         return
-    for value in (source, *(value for node in model.graph for value in node.outputs)):
+    values = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *values):
         if value.shape is not None:
             value.shape = ir.Shape([BATCH_AXIS if size == symbol else size for size in value.shape])
 

@@ -15,12 +15,16 @@ import vcompress
 from vcompress.export.graph import GraphFacts
 from vcompress.models.video import VideoModel
 from vcompress.spec.artifact import SCHEMA
+from vcompress.spec.call import CallSpec
+from vcompress.spec.clip import ClipSpec
 from vcompress.spec.plan import CompressionPlan
 
-__all__ = ["INPUT_NAME", "OUTPUT_NAME", "build_manifest", "onnx_metadata"]
+__all__ = ["GOLDEN_INPUTS", "INPUT_NAME", "OUTPUT_NAME", "build_manifest", "onnx_metadata"]
 
 INPUT_NAME = "pixel_values"
 OUTPUT_NAME = "output"
+# In golden.npz: the clips, or before the dot and the name of each tensor of the calls.
+GOLDEN_INPUTS = "inputs"
 
 
 def onnx_metadata(model: VideoModel, plan: CompressionPlan) -> dict[str, str]:
@@ -31,7 +35,7 @@ def onnx_metadata(model: VideoModel, plan: CompressionPlan) -> dict[str, str]:
         "name": model.name,
         "task": model.task,
         "target": plan.target,
-        "clip": model.clip.as_dict(),
+        "clip": _clip(model),
         "labels": list(model.labels),
     }
     return {"vcompress": json.dumps(facts)}
@@ -60,16 +64,12 @@ def build_manifest(
         },
         "task": model.task,
         "labels": "labels.txt" if model.labels else None,
-        "inputs": [
-            {
-                "name": INPUT_NAME, "dtype": model.clip.dtype, "layout": model.clip.layout,
-                "shape": list(graph.input_shape),
-            }
-        ],
+        "inputs": _inputs(model, graph),
         "outputs": [
             {"name": OUTPUT_NAME, "dtype": "float32", "shape": list(graph.output_shape)}
         ],
-        "clip": model.clip.as_dict(),
+        "clip": _clip(model),
+        "call": model.inputs.as_dict() if isinstance(model.inputs, CallSpec) else None,
         "precision": {
             "target": plan.target,
             "effective_bits": effective_bits,
@@ -78,7 +78,7 @@ def build_manifest(
             "verified_from": "model.onnx",
         },
         "golden": {
-            "file": "golden.npz", "inputs": "inputs", "outputs": "outputs",
+            "file": "golden.npz", "inputs": GOLDEN_INPUTS, "outputs": "outputs",
             "metric": "relative_l2", "max": 0.05,
         },
         "quality": dict(quality),
@@ -86,3 +86,21 @@ def build_manifest(
         "requires": dict(requires),
         "notes": notes,
     }  # fmt: skip
+
+
+def _clip(model: VideoModel) -> dict[str, Any] | None:
+    return model.inputs.as_dict() if isinstance(model.inputs, ClipSpec) else None
+
+
+def _inputs(model: VideoModel, graph: GraphFacts) -> list[dict[str, Any]]:
+    if isinstance(model.inputs, ClipSpec):
+        layout, dtype = model.inputs.layout, model.inputs.dtype
+        shape = list(graph.input_shape)
+        return [{"name": INPUT_NAME, "dtype": dtype, "layout": layout, "shape": shape}]
+    return [
+        {
+            "name": one.name, "dtype": one.dtype, "layout": None,
+            "shape": list(graph.inputs[one.name]),
+        }
+        for one in model.inputs.tensors
+    ]  # fmt: skip

@@ -75,6 +75,12 @@ class PrecisionGraph:
             elif left in self.constants and right not in self.constants:
                 yield node, left, right
 
+    def products(self) -> Iterator[onnx.NodeProto]:
+        """Every MatMul of two operands that both depend on an input, in the order of the graph."""
+        for node in self.nodes:
+            if node.op_type == "MatMul" and not self.constants.intersection(node.input):
+                yield node
+
     def weight_format(self, value: str) -> tuple[str, str]:
         """The format in which a weight is stored, and the name of the stored tensor."""
         origin = self._origin(value)

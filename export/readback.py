@@ -59,6 +59,20 @@ class LayerInFile:
         return f"{self.weight_format} weight with {self.input_format} input"
 
 
+@dataclass(frozen=True)
+class ProductInFile:
+    """A product of two activations: the formats and the names of its operands."""
+
+    formats: tuple[str, str]
+    values: tuple[str, str]
+
+    @property
+    def format(self) -> str:
+        """One word if both operands agree, as a plan means it; else both."""
+        left, right = self.formats
+        return left if left == right else f"{left} with {right}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FilePrecision:
     """What `read_precision` found.
@@ -68,11 +82,14 @@ class FilePrecision:
         unnamed: operators that multiply by something stored whose name tells no layer, such as a
             table of positions, by that name.
         initializer_bytes: bytes of all stored tensors, by element type in the words of ONNX.
+        products: every product of two activations, such as those of attention, in the order of the
+            graph.
     """
 
     layers: Mapping[str, LayerInFile]
     unnamed: Mapping[str, LayerInFile]
     initializer_bytes: Mapping[str, int]
+    products: tuple[ProductInFile, ...] = ()
 
     @property
     def formats(self) -> dict[str, str]:
@@ -119,9 +136,17 @@ def read_precision(path: Path, *, prefix: str = "") -> FilePrecision:
         name = layer.removeprefix(prefix) if named else stored
         group = layers if named else unnamed
         group[name] = _joined(group[name], found) if name in group else found
-    return FilePrecision(
-        layers=layers, unnamed=unnamed, initializer_bytes=_bytes(graph.stored.values())
+    products = tuple(
+        ProductInFile(
+            formats=(graph.input_format(node.input[0]), graph.input_format(node.input[1])),
+            values=(node.input[0], node.input[1]),
+        )
+        for node in graph.products()
     )
+    return FilePrecision(
+        layers=layers, unnamed=unnamed, initializer_bytes=_bytes(graph.stored.values()),
+        products=products,
+    )  # fmt: skip
 
 
 def _joined(first: LayerInFile, second: LayerInFile) -> LayerInFile:

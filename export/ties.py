@@ -24,13 +24,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from vcompress.compress.attention_products import FIRST_OPERAND, AttentionProducts
+from vcompress.compress.attention_sites import products_of
 from vcompress.compress.frozen import FrozenLayer
 from vcompress.export.readback import read_precision
 from vcompress.export.runtime import run_with_internal_values
+from vcompress.models.calls import Batch, Call, as_batch, named_arrays
 from vcompress.spec.formats import FORMATS
 
 __all__ = ["Ties", "count_ties"]
 
+_ROUNDED = ("int8", "fp8")
+# What the two products of one attention compute with, by operand.
+Operands = Mapping[str, torch.Tensor]
 
 # A value is taken for a tie if moving it by this share of the tensor's largest magnitude reaches
 # the other code: far more than the rounding error of float32, far less than a step.
@@ -88,7 +94,7 @@ class _Count:
     unexplained: int = 0
 
 
-def count_ties(module: nn.Module, path: Path, x: NDArray[Any]) -> Ties:
+def count_ties(module: nn.Module, path: Path, x: Batch | NDArray[Any]) -> Ties:
     """Compare `module` with its portable ONNX file `path` on the input `x`.
 
     Raises:
@@ -100,10 +106,16 @@ def count_ties(module: nn.Module, path: Path, x: NDArray[Any]) -> Ties:
         # The input of a layer with quantized weights alone is not rounded.
         if isinstance(layer, FrozenLayer) and FORMATS[layer.format].input_bits
     }
-    output, codes = _run_with_layer_inputs(path, x, frozen)
-    counts = {name: _Count() for name in codes}
-    with _forced({name: frozen[name] for name in codes}, codes, counts), torch.inference_mode():
-        forced = module(torch.from_numpy(x)).float().numpy()
+    attentions = products_of(module)
+    batch = as_batch(x)
+    output, codes, operands = _run_with_codes(path, batch, frozen, bool(attentions))
+    counts = {name: _Count() for name in (*codes, *attentions)}
+    with (
+        _forced({name: frozen[name] for name in codes}, codes, counts),
+        _forced_products(attentions, operands, counts),
+        torch.inference_mode(),
+    ):
+        forced = module(batch.flat if isinstance(batch, Call) else batch).float().numpy()
     worst = max(
         counts, key=lambda name: (counts[name].unexplained, counts[name].differing), default=""
     )
@@ -116,19 +128,40 @@ def count_ties(module: nn.Module, path: Path, x: NDArray[Any]) -> Ties:
     )
 
 
-def _run_with_layer_inputs(
-    path: Path, x: NDArray[Any], names: Container[str]
-) -> tuple[NDArray[Any], dict[str, list[torch.Tensor]]]:
-    """The output of the file, and the quantized inputs of each layer, in the order of calls."""
+def _run_with_codes(
+    path: Path, x: Batch, names: Container[str], with_products: bool
+) -> tuple[NDArray[Any], dict[str, list[torch.Tensor]], list[Operands]]:
+    """The output of the file, and what it rounded to.
+
+    Returns:
+        The output; the quantized inputs of each layer, in the order of calls; the quantized
+        operands of each attention, in the order of the graph.
+    """
     # A layer that the output does not depend on is not in the file.
-    layers = {name: found for name, found in read_precision(path).layers.items() if name in names}
+    precision = read_precision(path)
+    layers = {name: found for name, found in precision.layers.items() if name in names}
+    rounded = [each for each in precision.products if each.format in _ROUNDED]
+    pairs = list(zip(rounded[::2], rounded[1::2], strict=True)) if with_products else []
     graph = onnx.load(str(path), load_external_data=False).graph
     wanted = {value for found in layers.values() for value in found.input_values}
-    values = run_with_internal_values(path, {graph.input[0].name: x}, sorted(wanted))
-    return values[graph.output[0].name], {
+    wanted.update(value for pair in pairs for product in pair for value in product.values)
+    inputs = named_arrays(x, [value.name for value in graph.input])
+    values = run_with_internal_values(path, inputs, sorted(wanted))
+    codes = {
         name: [torch.from_numpy(values[value]) for value in found.input_values]
         for name, found in layers.items()
     }
+    operands: list[Operands] = [
+        {
+            operand: torch.from_numpy(values[value])
+            for operand, value in zip(
+                ("query", "key", "probability", "value"), (*scores.values, *mixed.values),
+                strict=True,
+            )
+        }
+        for scores, mixed in pairs
+    ]  # fmt: skip
+    return values[graph.output[0].name], codes, operands
 
 
 @contextlib.contextmanager
@@ -158,6 +191,38 @@ def _forced(
     finally:
         for layer in layers.values():
             layer.__dict__.pop("quantized_input", None)
+
+
+@contextlib.contextmanager
+def _forced_products(
+    attentions: Mapping[str, AttentionProducts], operands: list[Operands],
+    counts: Mapping[str, _Count],
+) -> Iterator[None]:  # fmt: skip
+    """The same for `attentions`, of which each call takes the next of `operands`."""
+    queue = iter(operands)
+
+    def replacement(
+        name: str, products: AttentionProducts
+    ) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        original = products.rounded
+        current: list[Operands] = []
+
+        def rounded(operand: str, x: torch.Tensor) -> torch.Tensor:
+            if operand == FIRST_OPERAND:
+                current[:] = [next(queue)]
+            theirs = current[0][operand]
+            _compare(lambda values: original(operand, values), x, theirs, counts[name])
+            return theirs
+
+        return rounded
+
+    try:
+        for name, products in attentions.items():
+            products.__dict__["rounded"] = replacement(name, products)
+        yield
+    finally:
+        for products in attentions.values():
+            products.__dict__.pop("rounded", None)
 
 
 def _compare(

@@ -8,10 +8,12 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from vcompress.models.calls import Batch, Call
 from vcompress.spec.errors import BuildError
 
 __all__ = ["Trace", "quiet", "trace"]
@@ -26,7 +28,7 @@ class Trace:
     """A traced module.
 
     Attributes:
-        program: one input, one output, no in-place operators.
+        program: one input (a tensor, or a dictionary of them), one output, no in-place operators.
         static_reason: why the batch size is fixed to that of the example; None if it is free.
     """
 
@@ -63,8 +65,10 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             child.training = True
 
 
-def trace(module: nn.Module, example: torch.Tensor, *, dynamic_batch: bool) -> Trace:
+def trace(module: nn.Module, example: Batch, *, dynamic_batch: bool) -> Trace:
     """Trace `module(example)`, whose first axis is the batch.
+
+    Of a call the module is given `Call.flat`; what it shares has no batch axis.
 
     Raises:
         BuildError: the module cannot be traced, or does not return one tensor.
@@ -85,13 +89,21 @@ def trace(module: nn.Module, example: torch.Tensor, *, dynamic_batch: bool) -> T
     return Trace(program=program, static_reason=reason or None)
 
 
-def _with_fixed_batch(module: nn.Module, example: torch.Tensor) -> torch.export.ExportedProgram:
+def _argument(example: Batch) -> torch.Tensor | dict[str, torch.Tensor]:
+    return example.flat if isinstance(example, Call) else example
+
+
+def _shown(example: Batch) -> str:
+    return str(example.spec) if isinstance(example, Call) else f"shape {list(example.shape)}"
+
+
+def _with_fixed_batch(module: nn.Module, example: Batch) -> torch.export.ExportedProgram:
     try:
-        return torch.export.export(module, (example,))
+        return torch.export.export(module, (_argument(example),))
     # torch.export lets through whatever the module raises, and has a dozen errors of its own.
     except Exception as error:
         message = (
-            f"torch.export cannot trace {type(module).__name__} at shape {list(example.shape)}: "
+            f"torch.export cannot trace {type(module).__name__} at {_shown(example)}: "
             f"{_reason(error)}; check the shape, and that its forward has no Python control flow "
             "that depends on data"
         )
@@ -99,17 +111,25 @@ def _with_fixed_batch(module: nn.Module, example: torch.Tensor) -> torch.export.
 
 
 def _with_free_batch(
-    module: nn.Module, example: torch.Tensor
+    module: nn.Module, example: Batch
 ) -> tuple[torch.export.ExportedProgram | None, str]:
     """The program and an empty reason, or None and why the batch size cannot be free."""
-    if example.shape[0] < _SMALLEST_FREE_BATCH:
-        example = torch.cat([example] * _SMALLEST_FREE_BATCH)
-    shapes = ({0: torch.export.Dim("batch")},)
+    if len(example) < _SMALLEST_FREE_BATCH:
+        example = (
+            example.repeated(_SMALLEST_FREE_BATCH)
+            if isinstance(example, Call)
+            else torch.cat([example] * _SMALLEST_FREE_BATCH)
+        )
+    free = {0: torch.export.Dim("batch")}
+    shapes: Any = free
+    if isinstance(example, Call):
+        shapes = {name: free if name in example.tensors else None for name in example.flat}
     try:
-        program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+        program = torch.export.export(module, (_argument(example),), dynamic_shapes=(shapes,))
     except Exception as error:
         return None, f"torch.export: {_reason(error)}"
-    (batch,) = (
+    # The first input is one with a batch axis.
+    batch = next(
         node.meta["val"].shape[0]
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in program.graph_signature.user_inputs

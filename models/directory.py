@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from vcompress.models.empty import empty_module, fill_module, read_weights
 from vcompress.spec import strict_json
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError, MissingCapabilityError
@@ -66,16 +67,9 @@ def read_directory(path: Path) -> tuple[nn.Module, str, dict[str, Any]]:
 
 
 def _read_diffusers(path: Path, config: Mapping[str, Any]) -> nn.Module:
-    try:
-        import diffusers
-    except ImportError as error:
-        message = "this is a diffusers model: pip install 'vcompress-ai[hf]'"
-        raise MissingCapabilityError(message) from error
-    cls = getattr(diffusers, str(config["_class_name"]), None)
-    if cls is None:
-        message = f"diffusers {diffusers.__version__} has no class {config['_class_name']}"
-        raise InputError(message)
-    return _loaded(cls, path, {"local_files_only": True})
+    module = empty_module(config)
+    fill_module(module, read_weights(path), str(path))
+    return module
 
 
 def _read_transformers(path: Path, config: Mapping[str, Any]) -> nn.Module:

@@ -1,7 +1,8 @@
 """`load_model`: from what a user has to a `VideoModel`.
 
-A model is given as a `.pt` or `.safetensors` file, as a directory saved by transformers or by a
-diffusers transformer, as `module:callable`, or as `reference:NAME` for the recognisers that ship.
+A model is given as a `.pt` or `.safetensors` file, as a directory saved by transformers or by
+diffusers (a transformer, or a pipeline with one), as `module:callable`, or as `reference:NAME` for
+the models that ship.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from vcompress.models.adapters.timesformer import TIMESFORMER
 from vcompress.models.adapters.transformers_video import VIDEOMAE, VIVIT
 from vcompress.models.adapters.videoprism import VIDEOPRISM
 from vcompress.models.adapters.vjepa2 import VJEPA2
+from vcompress.models.call_file import holds_calls, read_calls
+from vcompress.models.calls import Call, as_computed
+from vcompress.models.denoisers import MODEL_INDEX, example_call, only_transformer
 from vcompress.models.directory import clip_from_processor, read_directory, read_processor
+from vcompress.models.exportable import exportable
 from vcompress.models.video import Task, TokenGrid, VideoModel, weights_digest
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
@@ -34,6 +39,7 @@ __all__ = [
     "from_checkpoint",
     "load_model",
     "parse_input_spec",
+    "wrap_denoiser",
     "wrap_module",
 ]
 
@@ -53,6 +59,8 @@ class LoadOptions:
         clip_stride, fps: how frames are taken from a video, where the model's file does not say.
         mean, std: of the normalisation after scaling to 0..1, one value or one a channel.
         task: what the output of a model means that no adapter knows.
+        calls: a file of recorded calls of a model that takes several tensors; the first is run to
+            find its structure. Models of clips do not look at it.
     """
 
     arch: str | None = None
@@ -63,6 +71,11 @@ class LoadOptions:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     task: Task | None = None
+    calls: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.calls is not None:
+            object.__setattr__(self, "calls", Path(self.calls))
 
 
 def load_model(source: str, options: LoadOptions | None = None) -> VideoModel:
@@ -71,7 +84,7 @@ def load_model(source: str, options: LoadOptions | None = None) -> VideoModel:
     if source.startswith("reference:"):
         from vcompress.models.reference.catalog import load_reference
 
-        if options != LoadOptions():
+        if replace(options, calls=None) != LoadOptions():
             message = f"{source} says itself how it is built and fed; leave the model flags out"
             raise InputError(message)
         return load_reference(source.removeprefix("reference:"))
@@ -87,13 +100,19 @@ def load_model(source: str, options: LoadOptions | None = None) -> VideoModel:
 
 
 def _load_directory(path: Path, options: LoadOptions) -> VideoModel:
+    name = path.name
+    if (path / MODEL_INDEX).is_file():
+        path = only_transformer(path)
+    elif (path.absolute().parent / MODEL_INDEX).is_file():
+        name = f"{path.absolute().parent.name}-{path.name}"
     module, family, config = read_directory(path)
     if "_class_name" in config:
-        message = (
-            f"{path} is the denoiser {family}: it takes latents, a timestep and text, and this "
-            "version compresses models whose only input is a clip; read_directory loads it"
+        _refuse_clip_options(options, f"{path} is a {family}")
+        known_config = dict(getattr(module, "config", config))
+        call = example_call(family, known_config, options.calls, str(path))
+        return wrap_denoiser(
+            module, name=name, call=call, family=family, config=config, source=str(path)
         )
-        raise InputError(message)
     adapter = next((adapter for adapter in ADAPTERS if adapter.family == family), None)
     if adapter is None:
         model = wrap_module(
@@ -176,16 +195,57 @@ def _finish(
     module = structure.without_fused_encoders(module.float().eval().requires_grad_(False))
     checkpoints.check_finite(module, source or name)
     model = VideoModel(
-        name=name, module=module, family=family, task=described.task, clip=clip, layers={},
+        name=name, module=module, family=family, task=described.task, inputs=clip, layers={},
         blocks=(), token_grid=_grid_of(described, clip), pooling=described.pooling,
         labels=described.labels, config=dict(config), source=source,
         weights_sha256=weights_digest(module),
     )  # fmt: skip
+    return _examined(model)
+
+
+def _examined(model: VideoModel) -> VideoModel:
+    """`model` with its layers and blocks, found by running it once."""
+    module = model.module
     layers = structure.find_layers(module, structure.run_once(module, model.example()))
     if not layers:
-        message = f"{source or name}: no linear or convolution ran, so there is nothing to quantize"
+        where = model.source or model.name
+        message = f"{where}: no linear or convolution ran, so there is nothing to quantize"
         raise InputError(message)
     return replace(model, layers=layers, blocks=structure.find_blocks(module, layers))
+
+
+def wrap_denoiser(
+    module: nn.Module, *, name: str, call: Call, family: str = "generic",
+    config: Mapping[str, Any] | None = None, source: str = "",
+) -> VideoModel:  # fmt: skip
+    """A `VideoModel` around a module that takes several tensors; its structure is found by a call.
+
+    Args:
+        call: of one sample, with floating-point tensors in float32.
+        config: of the diffusers class `family`, from which a compressed copy can be built.
+
+    Raises:
+        InputError: the module does not run on the call, or has weights that are not finite.
+    """
+    module = structure.without_fused_encoders(module.float().eval().requires_grad_(False))
+    module = exportable(module)
+    checkpoints.check_finite(module, source or name)
+    return _examined(
+        VideoModel(
+            name=name, module=module, family=family, task="denoise", inputs=call.spec, layers={},
+            blocks=(), config=dict(config or {}), source=source, call=call,
+            weights_sha256=weights_digest(module),
+        )
+    )  # fmt: skip
+
+
+def _refuse_clip_options(options: LoadOptions, what: str) -> None:
+    if replace(options, calls=None, trust_pickle=False, task=None) != LoadOptions():
+        message = (
+            f"{what}, which takes the tensors of its recorded calls and no clips; leave out the "
+            "flags that say how a clip is made, and --arch"
+        )
+        raise InputError(message)
 
 
 def _grid_of(described: Description, clip: ClipSpec) -> TokenGrid | None:
@@ -218,6 +278,10 @@ def wrap_module(
     """
     if options.input_spec is not None:
         clip = parse_input_spec(options.input_spec)
+    if clip is None and options.calls is not None and holds_calls(options.calls):
+        recorded = read_calls(options.calls)
+        call = as_computed(recorded.calls[0].call[:1])
+        return wrap_denoiser(module, name=name, call=call, family=family, source=source)
     if clip is None:
         message = (
             f"{name}: no adapter knows this model, so its input must be said: "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vcompress.models.calls import Batch, Call, run_module
 from vcompress.models.video import primary_output
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import LayerFacts
@@ -52,7 +53,7 @@ def without_fused_encoders(module: nn.Module) -> nn.Module:
     return module
 
 
-def run_once(module: nn.Module, example: torch.Tensor) -> set[str]:
+def run_once(module: nn.Module, example: Batch) -> set[str]:
     """Run `module` on `example` and return the names of the submodules that were called."""
     called: set[str] = set()
     handles = [
@@ -61,19 +62,28 @@ def run_once(module: nn.Module, example: torch.Tensor) -> set[str]:
     ]
     try:
         with torch.inference_mode():
-            output = module(example)
+            output = run_module(module, example)
     except Exception as error:
-        message = (
-            f"the model does not run on an input of shape {tuple(example.shape)} "
-            f"({example.dtype}): {type(error).__name__}: {error}; "
-            "give the right shape, layout and type with --input-spec"
-        )
-        raise InputError(message) from error
+        raise InputError(_does_not_run(example, error)) from error
     finally:
         for handle in handles:
             handle.remove()
     primary_output(output)
     return called
+
+
+def _does_not_run(example: Batch, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(example, Call):
+        return (
+            f"the model does not run on {example.spec}: {reason}; record calls of this very model "
+            "with vcompress.record_calls"
+        )
+    return (
+        f"the model does not run on an input of shape {tuple(example.shape)} "
+        f"({example.dtype}): {reason}; "
+        "give the right shape, layout and type with --input-spec"
+    )
 
 
 def find_layers(module: nn.Module, called: set[str]) -> dict[str, LayerFacts]:
@@ -120,7 +130,7 @@ def _like_members(name: str, container: nn.Module, layers: dict[str, LayerFacts]
 
 
 def find_shared_inputs(
-    module: nn.Module, layers: Collection[str], example: torch.Tensor
+    module: nn.Module, layers: Collection[str], example: Batch
 ) -> tuple[tuple[str, ...], ...]:
     """Groups of linears that receive the very same tensor, as query, key and value do.
 
@@ -150,7 +160,7 @@ def find_shared_inputs(
     try:
         # Tensors of the inference mode do not count their changes.
         with torch.inference_mode(False), torch.no_grad():
-            module(example)
+            run_module(module, example)
     finally:
         for handle in handles:
             handle.remove()

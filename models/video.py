@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from vcompress.models.calls import Batch, Call, run_module
+from vcompress.spec.call import CallSpec
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import LayerFacts
@@ -86,15 +88,23 @@ def primary_output(output: Any) -> torch.Tensor:
 
 
 class PrimaryOutput(nn.Module):
-    """`model` reduced to one tensor in, one tensor out: what is exported and compared."""
+    """`model` reduced to one input, one tensor out: what is exported and compared.
 
-    def __init__(self, model: nn.Module) -> None:
+    The input is a tensor of clips, or the tensors of `Call.flat` by name; the constants of such a
+    call are those of `example`.
+    """
+
+    def __init__(self, model: nn.Module, example: Batch | None = None) -> None:
         super().__init__()
         self.model = model
+        self._call = example if isinstance(example, Call) else None
 
-    def forward(self, clips: torch.Tensor) -> torch.Tensor:
-        """Clips `[B, *clip.input_shape]` to the primary output."""
-        return primary_output(self.model(clips))
+    def forward(self, clips: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+        """Clips `[B, *clip.input_shape]`, or named tensors, to the primary output."""
+        if isinstance(clips, torch.Tensor):
+            return primary_output(self.model(clips))
+        assert self._call is not None, "named tensors need the example that they belong to"
+        return primary_output(run_module(self.model, self._call.with_flat(clips)))
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -112,10 +122,10 @@ class VideoModel:
 
     Attributes:
         name: for file names and tables.
-        module: in evaluation mode; takes clips `[B, *clip.input_shape]`.
+        module: in evaluation mode; takes what `inputs` describes.
         family: the adapter that knows it, or "generic".
         task: what its output means.
-        clip: how a video becomes its input.
+        inputs: how a video becomes its input, or which named tensors it takes.
         layers: every linear and convolution that ran, by full name, in the order of the module.
         blocks: full names of the repeated blocks, in order.
         token_grid: of its token sequence, where known.
@@ -124,13 +134,14 @@ class VideoModel:
         labels: class names, possibly empty.
         config: what the family's configuration says; recorded in the artifact.
         source: where it came from, for the manifest.
+        call: one call of a model that takes named tensors; None for a model of clips.
     """
 
     name: str
     module: nn.Module
     family: str
     task: Task
-    clip: ClipSpec
+    inputs: ClipSpec | CallSpec
     layers: Mapping[str, LayerFacts]
     blocks: tuple[str, ...]
     token_grid: TokenGrid | None = None
@@ -139,11 +150,26 @@ class VideoModel:
     config: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     weights_sha256: str = ""
+    call: Call | None = None
 
-    def __call__(self, clips: torch.Tensor) -> torch.Tensor:
-        """The primary output for clips `[B, *clip.input_shape]`, without gradients."""
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The primary output for clips `[B, *clip.input_shape]` or a call, without gradients."""
         with torch.inference_mode():
-            return primary_output(self.module(clips))
+            return primary_output(run_module(self.module, batch))
+
+    @property
+    def clip(self) -> ClipSpec:
+        """How a video becomes the input.
+
+        Raises:
+            InputError: the model takes no clips.
+        """
+        if isinstance(self.inputs, ClipSpec):
+            return self.inputs
+        message = (
+            f"{self.name} takes no clips but {self.inputs}; this works for models of clips alone"
+        )
+        raise InputError(message)
 
     def layer(self, name: str) -> nn.Module:
         """The module behind a full name."""
@@ -153,8 +179,13 @@ class VideoModel:
         """A deep copy whose module may be changed."""
         return replace(self, module=copy.deepcopy(self.module))
 
-    def example(self, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
-        """Random clips of the right shape and type; only for structure, export and timing."""
+    def example(self, batch_size: int = 1, seed: int = 0) -> Batch:
+        """Input of the right shapes and types; only for structure, export and timing.
+
+        Random clips, or the model's one call, whose numbers may stand for something.
+        """
+        if self.call is not None:
+            return self.call.repeated(batch_size)
         generator = torch.Generator().manual_seed(seed)
         shape = (batch_size, *self.clip.input_shape)
         if self.clip.dtype == "uint8":

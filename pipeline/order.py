@@ -6,15 +6,23 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
+from vcompress.calib.calls import Calls
 from vcompress.calib.sources import ClipRequest, ClipSets, open_clip_sets
 from vcompress.compress.tensors import ModelTensors
 from vcompress.export.publish import check_output
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.video import VideoModel
-from vcompress.pipeline.planning import apply_plan, make_plan, read_plan, save_plan
+from vcompress.pipeline.planning import (
+    apply_plan,
+    check_against,
+    make_plan,
+    read_plan,
+    save_plan,
+)
 from vcompress.pipeline.run import Options, Outcome, Progress, Recorded, Silent
+from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError, MissingCapabilityError
-from vcompress.spec.plan import CompressionPlan, check_plan
+from vcompress.spec.plan import CompressionPlan
 from vcompress.spec.target import find_target
 
 __all__ = ["apply", "check_plan_output", "open_model_and_clips", "quantize", "write_plan"]
@@ -49,7 +57,7 @@ def open_model_and_clips(
         InputError: one of them is missing or wrong.
     """
     _require_calib(options)
-    model = _load(source, load, progress)
+    model = _load(source, load, options, progress)
     return model, _open_clips(model, options, progress)
 
 
@@ -101,10 +109,7 @@ def apply(
         calib=options.calib or str(evidence.get("calib") or "") or None,
     )
     model, output = _prepare(source, options, load, recorded)
-    check_plan(
-        plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256,
-        parts=tensors,
-    )  # fmt: skip
+    check_against(plan, model, tensors)
     clips = _open_clips(model, options, recorded)
     if clips.calibration.digest != evidence.get("calib_sha256"):
         message = (
@@ -154,7 +159,7 @@ def _prepare(
     _require_calib(options)
     if options.output is not None:
         check_output(options.output, force=options.force)
-    model = _load(source, load, progress)
+    model = _load(source, load, options, progress)
     if options.max_drop is not None and model.task != "classify":
         message = (
             f"--max-drop is a bar for top-1, but the task of {model.name} is {model.task}; use "
@@ -166,7 +171,13 @@ def _prepare(
     return model, output
 
 
-def _load(source: str | VideoModel, load: LoadOptions | None, progress: Progress) -> VideoModel:
+def _load(
+    source: str | VideoModel, load: LoadOptions | None, options: Options, progress: Progress
+) -> VideoModel:
+    load = load or LoadOptions()
+    if load.calls is None and options.calib is not None:
+        # A model of clips does not look at it.
+        load = replace(load, calls=Path(options.calib))
     with progress.stage("load"):
         model = source if isinstance(source, VideoModel) else load_model(source, load)
     left = [
@@ -179,8 +190,8 @@ def _load(source: str | VideoModel, load: LoadOptions | None, progress: Progress
         progress.warn(
             f"{shown}: no linear or convolution that runs as a module of its own; kept as it is"
         )
-    clip = model.clip
-    if clip.dtype == "float32" and set(clip.mean) == {0.0} and set(clip.std) == {1.0}:
+    is_float = isinstance(model.inputs, ClipSpec) and model.inputs.dtype == "float32"
+    if is_float and set(model.clip.mean) == {0.0} and set(model.clip.std) == {1.0}:
         progress.warn(
             "no normalisation is known for this model, so its clips are only scaled to 0..1; if it "
             "was trained otherwise, give --mean and --std"
@@ -192,7 +203,8 @@ def _require_calib(options: Options) -> str:
     if options.calib is None:
         message = (
             "calibration clips are needed: add --calib with a folder of videos like those that "
-            "the model will see, an .npz or a .pt file"
+            "the model will see, an .npz or a .pt file; for a denoiser, a file of calls made with "
+            "vcompress.record_calls"
         )
         raise InputError(message)
     return options.calib
@@ -203,13 +215,28 @@ def _open_clips(model: VideoModel, options: Options, progress: Progress) -> Clip
         calib=_require_calib(options), data=options.data, num_clips=options.num_clips,
         num_test_clips=options.num_test_clips, seed=options.seed,
     )  # fmt: skip
-    with progress.stage("clips"):
-        sets = open_clip_sets(request, model.clip, model.labels)
+    spec = model.inputs if isinstance(model.inputs, ClipSpec) else None
+    what = "calls" if spec is None else "clips"
+    with progress.stage(what):
+        sets = open_clip_sets(request, spec, model.labels)
+    if isinstance(sets.calibration, Calls):
+        _check_calls(model, sets.calibration, request.calib)
     for name, reason in sets.skipped:
         progress.warn(f"skipped {name}: {reason}")
     if len(sets.calibration) < _FEW_CLIPS:
         progress.warn(
-            f"only {len(sets.calibration)} calibration clips: input ranges may be too small; 64 "
+            f"only {len(sets.calibration)} calibration {what}: input ranges may be too small; 64 "
             "or more are better"
         )
     return sets
+
+
+def _check_calls(model: VideoModel, calls: Calls, where: str) -> None:
+    """Raise `InputError` unless the model was loaded for calls like these."""
+    got = next(calls.tensors(1)).spec
+    if got != model.inputs:
+        message = (
+            f"{where} holds calls with {got}, {model.name} was loaded for {model.inputs}; load it "
+            "with LoadOptions(calls=...) of the same file"
+        )
+        raise InputError(message)

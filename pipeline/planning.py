@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vcompress
-from vcompress.calib.clips import Clips
+from vcompress.calib.calls import Samples
 from vcompress.calib.observe import observe
 from vcompress.calib.stats import Stats
+from vcompress.compress.attention_sites import find_attentions
 from vcompress.compress.context import PlanContext
-from vcompress.compress.passes import PASSES
+from vcompress.compress.latency_table import LatencyTable
+from vcompress.compress.passes import PASSES, AttentionPass
 from vcompress.compress.tensors import LayerTensors, ModelTensors, flatten, unflatten
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.run import Options, Progress, Silent
@@ -22,19 +24,23 @@ from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan, check_plan
 from vcompress.spec.target import find_target
 
-__all__ = ["apply_plan", "empty_plan", "make_plan", "read_plan", "save_plan"]
+__all__ = ["apply_plan", "check_against", "empty_plan", "make_plan", "read_plan", "save_plan"]
 
 
 def make_plan(
-    model: VideoModel, calibration: Clips, options: Options, progress: Progress | None = None
+    model: VideoModel, calibration: Samples, options: Options, progress: Progress | None = None
 ) -> tuple[CompressionPlan, ModelTensors]:
     """Decide everything. Returns the plan and the calibrated tensors by layer."""
     progress = progress or Silent()
     budget, tokens = options.budget(model.task), options.token_request(model.task)
     plan = empty_plan(model, calibration, options)
     working = model.copy()
+    table: LatencyTable | None = None
     tensors: dict[str, LayerTensors] = {}
     for step in PASSES:
+        if options.max_latency is not None and isinstance(step, AttentionPass):
+            # Tokens are merged by now, which changes the sizes of the layers.
+            table = _latency_table(working, model, options, progress)
         stats = Stats.nothing(calibration)
         if step.needs:
             layers = {name: working.layer(name) for name in working.layers}
@@ -44,7 +50,7 @@ def make_plan(
             target=find_target(options.target), stats=stats, original=model,
             calibration=calibration, tokens=tokens, algorithm=options.algorithm,
             max_layer_error=options.max_layer_error, budget=budget, seed=options.seed,
-            stage=progress.stage, warn=progress.warn,
+            stage=progress.stage, warn=progress.warn, attention=options.attention, latency=table,
         )  # fmt: skip
         planned = step.plan(working, plan, context)
         step.apply(working, planned.plan, planned.tensors)
@@ -53,7 +59,7 @@ def make_plan(
     return plan, tensors
 
 
-def empty_plan(model: VideoModel, calibration: Clips, options: Options) -> CompressionPlan:
+def empty_plan(model: VideoModel, calibration: Samples, options: Options) -> CompressionPlan:
     """A plan that says what it is for and what it rests on, and decides nothing."""
     grid = model.token_grid
     return CompressionPlan(
@@ -81,6 +87,27 @@ def empty_plan(model: VideoModel, calibration: Clips, options: Options) -> Compr
     )
 
 
+def _latency_table(
+    working: VideoModel, model: VideoModel, options: Options, progress: Progress
+) -> LatencyTable:
+    """The table of `working`, and the time of the float `model` with it."""
+    # It needs `order`, which needs this.
+    from vcompress.pipeline.timing import table_for
+
+    target = find_target(options.target)
+    formats = tuple(dict.fromkeys((*target.formats, *target.attention)))
+    return table_for(working, model, formats, options.latency_table, progress)
+
+
+def check_against(plan: CompressionPlan, model: VideoModel, tensors: ModelTensors) -> None:
+    """Raise one `InputError` that lists everything in `plan` that does not fit `model`."""
+    attentions = () if plan.attention is None else find_attentions(model.module, model.example(1))
+    check_plan(
+        plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256,
+        parts=tensors, attentions=tuple(attentions),
+    )  # fmt: skip
+
+
 def apply_plan(
     model: VideoModel, plan: CompressionPlan, tensors: ModelTensors | None = None
 ) -> VideoModel:
@@ -90,10 +117,7 @@ def apply_plan(
         InputError: the plan does not fit the model; the message lists everything that is wrong.
     """
     tensors = tensors or {}
-    check_plan(
-        plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256,
-        parts=tensors,
-    )  # fmt: skip
+    check_against(plan, model, tensors)
     planned = model.copy()
     for step in PASSES:
         step.apply(planned, plan, tensors)

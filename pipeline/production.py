@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,23 @@ from typing import Any
 import numpy as np
 
 from vcompress.calib.sources import ClipSets
+from vcompress.compress.attention_sites import find_attentions
+from vcompress.compress.restore import save_module
 from vcompress.compress.tensors import ModelTensors
 from vcompress.export import engine as engines
 from vcompress.export.graph import GraphFacts, export_onnx
-from vcompress.export.manifest import INPUT_NAME, OUTPUT_NAME, onnx_metadata
+from vcompress.export.manifest import GOLDEN_INPUTS, INPUT_NAME, OUTPUT_NAME, onnx_metadata
 from vcompress.export.publish import staged_directory, write_manifest
 from vcompress.export.readback import read_precision
 from vcompress.export.runtime import open_session
+from vcompress.models.calls import Call, named_arrays
 from vcompress.models.video import PrimaryOutput, VideoModel
 from vcompress.pipeline import proof as proving
 from vcompress.pipeline.planning import save_plan
 from vcompress.pipeline.record import Run, file_role, manifest_of, report_of
 from vcompress.pipeline.run import Options, Outcome, Progress, Recorded
+from vcompress.spec import strict_json
+from vcompress.spec.attention_section import PRODUCT_FORMATS
 from vcompress.spec.defaults import MAX_DROP_POINTS
 from vcompress.spec.errors import BuildError, MissingCapabilityError
 from vcompress.spec.formats import FLOAT
@@ -65,6 +71,7 @@ def produce(
         with progress.stage("export", 3) as advance:
             graphs = _export(model, planned, plan, folder, advance)
         _verify(plan, graphs, progress)
+        _verify_attention(model, plan, graphs)
         built = _build_engines(graphs, plan, options, folder, progress)
         with progress.stage("prove", 3 * len(clips.test)) as advance:
             proof = proving.prove(_forms(model, planned, graphs), plan, clips.test, advance)
@@ -72,6 +79,8 @@ def produce(
         verdict = gate.judge(proof.metrics, max_drop_points=bar, min_sqnr_db=options.min_sqnr)
         graphs.baseline.unlink()
         _write_data(folder, model, clips, proof)
+        if "_class_name" in model.config:
+            _write_module(folder, planned)
         run = Run(
             model=model, planned=planned, plan=plan, clips=clips, options=options, proof=proof,
             max_drop_points=bar, verdict=verdict, engines=built, warnings=progress.warnings,
@@ -103,7 +112,7 @@ def _export(
 
     def export(subject: VideoModel, name: str, dialect: str) -> GraphFacts:
         facts = export_onnx(
-            PrimaryOutput(subject.module), example, folder / name, dialect=dialect,
+            PrimaryOutput(subject.module, example), example, folder / name, dialect=dialect,
             input_name=INPUT_NAME, output_name=OUTPUT_NAME, metadata=described,
         )  # fmt: skip
         advance(1)
@@ -135,6 +144,29 @@ def _verify(plan: CompressionPlan, graphs: Graphs, progress: Progress) -> None:
             listed = "\n  ".join(problems[:20])
             message = f"{facts.files[0].name} does not hold what was planned:\n  {listed}"
             raise BuildError(message)
+
+
+def _verify_attention(model: VideoModel, plan: CompressionPlan, graphs: Graphs) -> None:
+    """The same for products of attention, which have no names in a file: their number is right."""
+    if plan.attention is None:
+        return
+    calls = find_attentions(model.module, model.example())
+    lost = 2 * sum(map(len, calls.values())) - len(read_precision(graphs.baseline).products)
+    planned = Counter[str]()
+    for name, choice in plan.attention.items():
+        planned.update(PRODUCT_FORMATS.get(choice.format, ()) * len(calls[name]))
+    for facts in (graphs.portable, graphs.tensorrt):
+        products = Counter(each.format for each in read_precision(facts.files[0]).products)
+        for format_name in planned:
+            missing = planned[format_name] - products[format_name]
+            # An attention that the output does not depend on is in no file.
+            if not 0 <= missing <= max(0, lost):
+                message = (
+                    f"{facts.files[0].name} does not hold what was planned: "
+                    f"{planned[format_name]} products of attention in {format_name}, the file has "
+                    f"{products[format_name]}"
+                )
+                raise BuildError(message)
 
 
 def _build_engines(
@@ -200,16 +232,29 @@ def _bar(options: Options, clips: ClipSets, model: VideoModel) -> float | None:
 def _write_data(folder: Path, model: VideoModel, clips: ClipSets, proof: proving.Proof) -> None:
     """Golden clips for the edge, and the outputs that `vcompress validate` compares with."""
     count = min(_NUM_GOLDEN, len(clips.test))
-    np.savez_compressed(
-        folder / "golden.npz",
-        inputs=np.stack([clips.test[index] for index in range(count)]),
-        outputs=proof.result_outputs[:count],
-    )
+    samples = next(clips.test.tensors(count))
+    inputs = named_arrays(samples, [GOLDEN_INPUTS])
+    if isinstance(samples, Call):
+        inputs = {f"{GOLDEN_INPUTS}.{name}": array for name, array in inputs.items()}
+    arrays: dict[str, Any] = {**inputs, "outputs": proof.result_outputs[:count]}
+    np.savez_compressed(folder / "golden.npz", **arrays)
     np.savez_compressed(
         folder / "proof.npz", baseline=proof.baseline_outputs, result=proof.result_outputs
     )
     if model.labels:
         (folder / "labels.txt").write_text("\n".join(model.labels) + "\n", encoding="utf-8")
+
+
+def _write_module(folder: Path, planned: VideoModel) -> None:
+    """What `vcompress.compressed` builds the planned module from."""
+    save_module(planned.module, folder / "weights.safetensors")
+    config = {
+        key: value
+        for key, value in planned.config.items()
+        # Where the model was loaded from is nobody's business.
+        if not key.startswith("_") or key in ("_class_name", "_diffusers_version")
+    }
+    (folder / "config.json").write_text(strict_json.dump(config), encoding="utf-8")
 
 
 def _roles(folder: Path) -> dict[str, str]:

@@ -7,8 +7,9 @@ judges. A format that this machine only simulates gets no latency.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vcompress.calib.clips import Clips
+from vcompress.calib.calls import Samples
 from vcompress.export.runtime import INTEGER_KERNELS, Session
 from vcompress.export.ties import count_ties
+from vcompress.models.calls import Batch, Call, equal_batches, named_arrays
 from vcompress.models.video import PrimaryOutput, VideoModel
 from vcompress.spec.errors import BuildError
 from vcompress.spec.formats import FLOAT
@@ -93,7 +95,7 @@ class Proof:
 
 
 def prove(
-    forms: Forms, plan: CompressionPlan, test: Clips, on_clips: Callable[[int], None]
+    forms: Forms, plan: CompressionPlan, test: Samples, on_clips: Callable[[int], None]
 ) -> Proof:
     """Run and compare all forms on `test`; `on_clips` is told after each batch.
 
@@ -150,7 +152,7 @@ def prove(
     )
 
 
-def _tensorrt_stage(forms: Forms, probes: list[Array]) -> Stage:
+def _tensorrt_stage(forms: Forms, probes: list[Batch]) -> Stage:
     parity = None
     if forms.tensorrt_session is not None:
         parity = _parity(
@@ -168,51 +170,63 @@ def _tensorrt_stage(forms: Forms, probes: list[Array]) -> Stage:
     )
 
 
-def _torch(model: VideoModel, batch: Array) -> Array:
-    output: Array = model(torch.from_numpy(batch)).float().numpy()
+def _torch(model: VideoModel, batch: Batch) -> Array:
+    output: Array = model(batch).float().numpy()
     return output
 
 
-def run_session(session: Session, batch: Array) -> Array:
-    """Run a batch of any size, one clip at a time where the graph's batch size is fixed."""
-    if session.batch_is_dynamic:
-        return session.run(batch)
-    return np.concatenate([session.run(batch[index : index + 1]) for index in range(len(batch))])
+def run_session(session: Session, batch: Batch | Array) -> Array:
+    """Run a batch of any size, one sample at a time where the graph's batch size is fixed."""
+    parts: Sequence[Batch | Array] = [batch]
+    if not session.batch_is_dynamic:
+        parts = [batch[index : index + 1] for index in range(len(batch))]
+    outputs = (session.run_named(named_arrays(part, session.input_names)) for part in parts)
+    return np.concatenate([output[session.output_names[0]] for output in outputs])
 
 
-def _run(runner: Callable[[Array], Array], clips: Clips, on_clips: Callable[[int], None]) -> Array:
+def _run(
+    runner: Callable[[Batch], Array], samples: Samples, on_clips: Callable[[int], None]
+) -> Array:
     outputs: list[Array] = []
-    for batch in clips.batches(_BATCH_SIZE):
+    for batch in samples.tensors(_BATCH_SIZE):
         outputs.append(runner(batch))
         on_clips(len(batch))
     return np.concatenate(outputs)
 
 
-def _probes(test: Clips) -> list[Array]:
-    """Two or three different clips, each as a batch of one."""
-    probes: list[Array] = []
-    for index in range(len(test)):
-        clip = test[index][None]
-        if not any(np.array_equal(clip, other) for other in probes):
-            probes.append(clip)
+def _probes(test: Samples) -> list[Batch]:
+    """Two or three different clips or calls, each as a batch of one."""
+    probes: list[Batch] = []
+    for sample in test.tensors(1):
+        if not any(equal_batches(sample, other) for other in probes):
+            probes.append(sample)
         if len(probes) == 3:
             break
     if len(probes) < 2:
-        # One clip alone would also pass a graph that it was baked into.
-        probes.append(np.ascontiguousarray(np.flip(probes[0], axis=-1)) + probes[0].dtype.type(1))
+        # One alone would also pass a graph that it was baked into.
+        probes.append(_another(probes[0]))
     return probes
 
 
+def _another(sample: Batch) -> Batch:
+    """A different sample of the same shapes and types."""
+    if isinstance(sample, Call):
+        first, *_ = sample.tensors
+        latents = sample.tensors[first]
+        return sample.with_flat({**sample.flat, first: latents.flip(-1) + 1})
+    return sample.flip(-1) + 1
+
+
 def _parity(
-    model: VideoModel, session: Session, quantized_path: Path | None, probes: list[Array], name: str
+    model: VideoModel, session: Session, quantized_path: Path | None, probes: list[Batch], name: str
 ) -> ParityResult:
     """Parity of `session` with `model`; only a quantized graph may round ties the other way."""
     tolerance = FLOAT_TOLERANCE if quantized_path is None else PLANNED_TOLERANCE
     tie_tolerance = None if quantized_path is None else TIE_TOLERANCE
 
-    def find_tie(x: Array) -> str | None:
+    def find_tie(x: Batch) -> str | None:
         assert quantized_path is not None
-        return count_ties(PrimaryOutput(model.module), quantized_path, x).explanation()
+        return count_ties(PrimaryOutput(model.module, x), quantized_path, x).explanation()
 
     result = check_parity(
         lambda x: _torch(model, x),
@@ -221,6 +235,7 @@ def _parity(
         tolerance=tolerance,
         tie_tolerance=tie_tolerance,
         find_tie=find_tie,
+        equal=equal_batches,
     )
     if result.verdict == "fail":
         message = (
@@ -234,7 +249,7 @@ def _parity(
 
 
 def _latency(
-    forms: Forms, plan: CompressionPlan, clip: Array
+    forms: Forms, plan: CompressionPlan, sample: Batch
 ) -> tuple[dict[str, LatencyStatistics] | None, str | None]:
     """Latency of both graphs, or the reason why there is none."""
     reason = _simulated(forms.portable_session, plan)
@@ -242,8 +257,11 @@ def _latency(
         return None, reason
     measured = measure_interleaved(
         {
-            BASELINE_ONNX: lambda: forms.baseline_session.run(clip),
-            RESULT: lambda: forms.portable_session.run(clip),
+            name: partial(session.run_named, named_arrays(sample, session.input_names))
+            for name, session in (
+                (BASELINE_ONNX, forms.baseline_session),
+                (RESULT, forms.portable_session),
+            )
         },
         warm_up=_WARM_UP,
         rounds=_ROUNDS,
@@ -255,6 +273,7 @@ def _latency(
 def _simulated(session: Session, plan: CompressionPlan) -> str | None:
     """Why the portable graph's time says nothing of the plan, or None if it really runs so."""
     formats = {choice.format for choice in plan.quantize.values()} - {FLOAT}
+    formats |= {choice.format for choice in (plan.attention or {}).values()} - {FLOAT}
     without_kernel = sorted(formats - {"int8"})
     if without_kernel:
         return (

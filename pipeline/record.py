@@ -37,6 +37,7 @@ _PACKAGES = (
 _ROLES = {
     "plan.json": "plan", "plan.safetensors": "plan-tensors", "model.onnx": "onnx",
     "model.tensorrt.onnx": "tensorrt-onnx", "golden.npz": "golden", "proof.npz": "proof",
+    "weights.safetensors": "weights", "config.json": "config",
     "labels.txt": "labels", "report.json": "report", "report.html": "report-page",
 }  # fmt: skip
 
@@ -92,6 +93,14 @@ def _layer_rows(model: VideoModel, planned: VideoModel, plan: CompressionPlan) -
             Layer(
                 name=name, format=choice.format, score=choice.score, reason=choice.reason,
                 weight_kib=bits / 8192, block=model.block_of(name),
+            )
+        )  # fmt: skip
+    for name, products in (plan.attention or {}).items():
+        # Nothing is stored, so that effective bits stay what they are.
+        rows.append(
+            Layer(
+                name=f"{name} (QK, PV)", format=products.format, score=products.score,
+                reason=products.reason, weight_kib=0.0, block=model.block_of(f"{name}."),
             )
         )  # fmt: skip
     return rows

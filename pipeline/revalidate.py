@@ -6,19 +6,24 @@ clips are opened again by the recipe in the manifest, and their digest must be t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from vcompress.calib.clips import Clips
+from vcompress.calib.calls import Samples
 from vcompress.calib.sources import ClipRequest, open_clip_sets, open_clips
+from vcompress.export.manifest import GOLDEN_INPUTS
 from vcompress.export.runtime import Session, open_session
+from vcompress.models.calls import Batch, Call
 from vcompress.pipeline.proof import run_session
 from vcompress.pipeline.run import Progress, Silent
 from vcompress.spec.artifact import Artifact
+from vcompress.spec.call import CallSpec
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
 from vcompress.validate.gate import Verdict, judge
@@ -102,7 +107,8 @@ def validate(
         session = open_session(_file(artifact, "onnx"))
     with progress.stage("golden clips"):
         golden = np.load(_file(artifact, "golden"), allow_pickle=False)
-        difference = relative_l2(golden["outputs"], run_session(session, golden["inputs"]))
+        inputs = _golden_inputs(artifact, golden)
+        difference = relative_l2(golden["outputs"], run_session(session, inputs))
     quality = artifact.manifest.get("quality", {})
     clips, source = _test_clips(artifact, data)
     outputs = _outputs(session, clips, progress)
@@ -138,19 +144,39 @@ def _file(artifact: Artifact, role: str) -> Path:
     return path
 
 
+def _golden_inputs(artifact: Artifact, golden: Mapping[str, Array]) -> Batch | Array:
+    """The clips in the file of golden inputs, or the call."""
+    if artifact.manifest.get("call") is None:
+        return golden[GOLDEN_INPUTS]
+    spec = CallSpec.from_dict(artifact.manifest["call"])
+
+    def read(shared: bool) -> dict[str, torch.Tensor]:
+        return {
+            one.name: torch.from_numpy(golden[f"{GOLDEN_INPUTS}.{one.name}"])
+            for one in spec.tensors
+            if one.shared is shared
+        }
+
+    return Call(tensors=read(shared=False), shared=read(shared=True), constants=spec.constants)
+
+
 def _labels(artifact: Artifact) -> tuple[str, ...]:
     path = artifact.file("labels")
     return () if path is None else tuple(path.read_text(encoding="utf-8").splitlines())
 
 
-def _test_clips(artifact: Artifact, data: str | None) -> tuple[Clips, str]:
-    spec = ClipSpec.from_dict(artifact.manifest["clip"])
+def _test_clips(artifact: Artifact, data: str | None) -> tuple[Samples, str]:
+    described = artifact.manifest["clip"]
+    spec = None if described is None else ClipSpec.from_dict(described)
     recipe = dict(artifact.manifest.get("quality", {}).get("clips", {}))
     if "sha256" not in recipe:
         message = f"{artifact.path}: the manifest does not say which test clips were used"
         raise InputError(message)
     digest = recipe.pop("sha256")
     if data is not None:
+        if spec is None:
+            message = "--data takes labelled clips, and this model takes calls without labels"
+            raise InputError(message)
         clips = open_clips(
             data, spec, part="test", limit=recipe["num_test_clips"], seed=recipe["seed"],
             labels=_labels(artifact),
@@ -167,7 +193,7 @@ def _test_clips(artifact: Artifact, data: str | None) -> tuple[Clips, str]:
     return sets.test, sets.test_source
 
 
-def _top1_alone(outputs: Array, clips: Clips, data: str) -> Metrics:
+def _top1_alone(outputs: Array, clips: Samples, data: str) -> Metrics:
     if clips.labels is None:
         message = f"{data}: test clips without labels tell nothing; put them in folders by class"
         raise InputError(message)
@@ -175,10 +201,10 @@ def _top1_alone(outputs: Array, clips: Clips, data: str) -> Metrics:
     return {"num_clips": len(clips), "top1_percent": 100 * hits / len(clips)}
 
 
-def _outputs(session: Session, clips: Clips, progress: Progress) -> Array:
+def _outputs(session: Session, clips: Samples, progress: Progress) -> Array:
     outputs: list[Array] = []
     with progress.stage("test clips", len(clips)) as advance:
-        for batch in clips.batches(_BATCH_SIZE):
+        for batch in clips.tensors(_BATCH_SIZE):
             outputs.append(run_session(session, batch))
             advance(len(batch))
     return np.concatenate(outputs)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from vcompress.compress.attention_plan import formats_of
 from vcompress.compress.calibration import check_algorithm
 from vcompress.compress.context import TokenRequest
 from vcompress.spec.budget import Budget
 from vcompress.spec.defaults import (
     ALGORITHM,
+    ATTENTION,
     MAX_DROP_POINTS,
     MAX_LAYER_ERROR,
     NUM_CLIPS,
@@ -84,9 +86,12 @@ class Options:
     num_test_clips: int = NUM_TEST_CLIPS
     tokens: float | str | None = None
     algorithm: str = ALGORITHM
+    attention: str = ATTENTION
     max_layer_error: float = MAX_LAYER_ERROR
     budget_bits: float | None = None
     max_size: int | None = None
+    max_latency: float | None = None
+    latency_table: str | None = None
     max_drop: float | None = None
     min_sqnr: float | None = None
     engine: bool = True
@@ -100,7 +105,7 @@ class Options:
         for name, low, high in (
             ("num_clips", 1, 10**6), ("num_test_clips", 1, 10**6), ("max_layer_error", 0, 10),
             ("max_drop", 0, 100), ("min_sqnr", -200, 400), ("seed", 0, 2**31 - 1),
-            ("budget_bits", 1, 64), ("max_size", 1, 2**50),
+            ("budget_bits", 1, 64), ("max_size", 1, 2**50), ("max_latency", 0.001, 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -108,19 +113,24 @@ class Options:
                 message = f"--{flag} must lie between {low} and {high}, got {value}"
                 raise InputError(message)
         check_algorithm(self.algorithm)
+        formats_of(self.attention, find_target(self.target))
         if isinstance(self.tokens, float | int) and not 0 < self.tokens <= 1:
             message = (
                 f"--tokens must be above 0 and at most 1 (1 reduces nothing), got {self.tokens}"
             )
             raise InputError(message)
-        if self.budget_bits is not None and self.max_size is not None:
-            message = "--budget-bits and --max-size are two budgets; give one"
+        budgets = (self.budget_bits, self.max_size, self.max_latency)
+        if len(budgets) - budgets.count(None) > 1:
+            message = "--budget-bits, --max-size and --max-latency are budgets; give one"
             raise InputError(message)
-        if (self.budget_bits or self.max_size) and not find_target(self.target).searches:
+        if any(budgets) and not find_target(self.target).searches:
             message = (
-                f"--budget-bits and --max-size are for --target mixed, which searches formats; "
-                f"{self.target} takes its own in their order"
+                "--budget-bits, --max-size and --max-latency are for --target mixed, which "
+                f"searches formats; {self.target} takes its own in their order"
             )
+            raise InputError(message)
+        if self.latency_table is not None and self.max_latency is None:
+            message = "--latency-table says what formats cost in time: add --max-latency"
             raise InputError(message)
 
     def token_request(self, task: str) -> TokenRequest | None:
@@ -154,13 +164,16 @@ class Options:
             return Budget("effective_bits", self.budget_bits)
         if self.max_size is not None:
             return Budget("weight_bytes", self.max_size)
+        if self.max_latency is not None:
+            return Budget("latency_share", self.max_latency)
         if self.min_sqnr is not None:
             return Budget("sqnr_db", self.min_sqnr)
         if task == "classify":
             drop = MAX_DROP_POINTS if self.max_drop is None else self.max_drop
             return Budget("drop_points", drop)
         message = (
-            f"--target {self.target} needs a limit: add --budget-bits, --max-size or --min-sqnr"
+            f"--target {self.target} needs a limit: add --budget-bits, --max-size, --max-latency "
+            "or --min-sqnr"
         )
         raise InputError(message)
 

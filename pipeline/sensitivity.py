@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vcompress.calib.clips import Clips
+from vcompress.calib.calls import Samples
 from vcompress.calib.observe import observe
 from vcompress.compress.agreement import Agreement, compare_sensitivities
 from vcompress.compress.brute_force import measure_losses, reference_outputs
-from vcompress.compress.mixed import NUM_PREDICTION_CLIPS, NUM_PROBES
+from vcompress.compress.clip_choice import batches_of
+from vcompress.compress.mixed import NUM_PREDICTION_CLIPS
 from vcompress.compress.precision_search import (
     PrecisionSearch,
-    batches_of,
     freeze_candidates,
     predict_sensitivities,
 )
@@ -104,7 +104,7 @@ def sensitivity(
 
 
 def measure_sensitivity(
-    model: VideoModel, calibration: Clips, formats: tuple[str, ...], *, check: bool, seed: int,
+    model: VideoModel, calibration: Samples, formats: tuple[str, ...], *, check: bool, seed: int,
     progress: Progress,
 ) -> SensitivityTable:  # fmt: skip
     """`sensitivity`, for a model and clips that are open already.
@@ -117,14 +117,15 @@ def measure_sensitivity(
     layers = {name: model.layer(name) for name in model.layers}
     with progress.stage("calibrate", len(calibration)) as advance:
         stats = observe(
-            model, layers, calibration, needs=frozenset({"input_amax"}), on_batch=advance
-        )
+            model, layers, calibration, needs=frozenset({"input_amax", "outputs"}),
+            on_batch=advance,
+        )  # fmt: skip
     calibrated = time.perf_counter()
     with progress.stage("predict", NUM_PREDICTION_CLIPS) as advance:
         candidates = freeze_candidates(model, formats, stats.input_amax)
         found = predict_sensitivities(
             model, candidates, calibration, num_clips=NUM_PREDICTION_CLIPS,
-            num_probes=NUM_PROBES, seed=seed, on_batch=advance,
+            outputs=stats.outputs, seed=seed, on_batch=advance,
         )  # fmt: skip
         predicted = {
             layer: {name: loss for name in frozen if (loss := found.of(layer, name)) is not None}

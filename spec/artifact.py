@@ -22,7 +22,7 @@ _REQUIRED = (
     "schema", "vcompress", "created", "name", "source", "task", "inputs", "outputs", "clip",
     "precision", "files", "requires",
 )  # fmt: skip
-_OPTIONAL = ("labels", "golden", "quality", "performance", "notes")
+_OPTIONAL = ("labels", "golden", "quality", "performance", "notes", "call")
 
 
 def sha256_of(path: Path) -> str:

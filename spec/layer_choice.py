@@ -25,6 +25,7 @@ TENSOR_WORDS: Mapping[str, tuple[str, ...]] = {
     "weight": (),
 }
 _MAX_FLOAT32 = 3.4028234e38
+_RANGES = ("input_amax", "smoothed_amax", "rotated_amax")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,10 @@ class LayerChoice:
         reason: why; for people.
         input_amax: largest absolute input seen in calibration; sets the input scale. None where
             the clips never reached the layer.
+        smoothed_amax: the same of the smoothed input; stands in for it where the line has
+            `input_smoothing`.
+        rotated_amax: the same of the rotated input, smoothed before if the line has that; stands
+            in for both where the line has a rotation.
         score: relative error of the enclosing block's output when this layer alone is in the
             target's first format that it can take; None where it was not measured.
         rotation: block size of the Hadamard rotation of the input, a power of two that divides
@@ -73,9 +78,20 @@ class LayerChoice:
     format: str
     reason: str
     input_amax: float | None = None
+    smoothed_amax: float | None = None
+    rotated_amax: float | None = None
     score: float | None = None
     rotation: int | None = None
     tensors: tuple[str, ...] = ()
+
+    @property
+    def rounded_amax(self) -> float | None:
+        """Largest absolute value of what gets rounded, as the line stands."""
+        if self.rotation is not None and self.rotated_amax is not None:
+            return self.rotated_amax
+        if "input_smoothing" in self.tensors and self.smoothed_amax is not None:
+            return self.smoothed_amax
+        return self.input_amax
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, floats at six significant digits."""
@@ -84,8 +100,9 @@ class LayerChoice:
             data["rotation"] = self.rotation
         if self.tensors:
             data["tensors"] = list(self.tensors)
-        if self.input_amax is not None:
-            data["input_amax"] = significant(self.input_amax)
+        for key in _RANGES:
+            if (value := getattr(self, key)) is not None:
+                data[key] = significant(value)
         if self.score is not None:
             data["score"] = significant(self.score, 4)
         return {**data, "reason": self.reason}
@@ -95,7 +112,7 @@ class LayerChoice:
         """Read one line of the section `quantize`."""
         check_keys(
             data, required=("format", "reason"),
-            optional=("input_amax", "score", "rotation", "tensors"), where=where,
+            optional=(*_RANGES, "score", "rotation", "tensors"), where=where,
         )  # fmt: skip
         known = (*FORMATS, FLOAT)
         if data["format"] not in known:
@@ -107,7 +124,7 @@ class LayerChoice:
         if not isinstance(data["reason"], str):
             message = f"{where}: reason must be a string, got {data['reason']!r}"
             raise InputError(message)
-        for key in ("input_amax", "score"):
+        for key in (*_RANGES, "score"):
             value = data.get(key)
             if value is not None and (
                 isinstance(value, bool)
@@ -149,7 +166,7 @@ def misfits(choice: LayerChoice, facts: LayerFacts, parts: Collection[str] | Non
     if objection:
         yield f"{objection}; choose another format or keep"
         return
-    if FORMATS[choice.format].needs_input_amax and choice.input_amax is None:
+    if FORMATS[choice.format].needs_input_amax and choice.rounded_amax is None:
         yield (
             f"{choice.format} needs input_amax, which calibration did not see; use clips that "
             "reach the layer, or keep"

@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from vcompress.spec import strict_json
+from vcompress.spec.attention_section import (
+    AttentionChoice,
+    read_attention,
+    unknown_attentions,
+)
+from vcompress.spec.cache_section import CacheSection
 from vcompress.spec.errors import InputError
 from vcompress.spec.layer_choice import TENSOR_WORDS, LayerChoice, LayerFacts, misfits
 from vcompress.spec.strict_json import check_keys
@@ -36,7 +42,10 @@ class CompressionPlan:
         model: identity of the model: family, weights_sha256, num_blocks, token_grid.
         evidence: what the decisions rest on: calibration digest, number of clips, versions.
         quantize: the choice for every candidate layer, in model order.
+        attention: the choice for the products of every attention, by the full name of its module;
+            None to leave all as they are.
         tokens: token reduction, or None.
+        cache: what a denoiser uses again over its steps, or None.
         tensors: file beside the plan with calibrated tensors (see `TENSOR_WORDS`) and its sha256,
             or None.
     """
@@ -47,6 +56,8 @@ class CompressionPlan:
     evidence: Mapping[str, Any]
     quantize: Mapping[str, LayerChoice]
     tokens: TokenSection | None = None
+    cache: CacheSection | None = None
+    attention: Mapping[str, AttentionChoice] | None = None
     tensors: Mapping[str, str] | None = None
     schema: int = field(default=SCHEMA)
 
@@ -59,22 +70,26 @@ class CompressionPlan:
             "model": dict(self.model),
             "evidence": dict(self.evidence),
             "tokens": None if self.tokens is None else self.tokens.as_dict(),
+            "cache": None if self.cache is None else self.cache.as_dict(),
             "quantize": {name: choice.as_dict() for name, choice in self.quantize.items()},
+            "attention": None
+            if self.attention is None
+            else {name: choice.as_dict() for name, choice in self.attention.items()},
             "tensors": None if self.tensors is None else dict(self.tensors),
         }
 
     def to_json(self) -> str:
         """The plan file: one layer a line."""
         data = self.as_dict()
-        layers = data["quantize"]
-        lines = [
-            f"    {json.dumps(name)}: {json.dumps(layers[name], ensure_ascii=False)}"
-            for name in layers
-        ]
-        data["quantize"] = "@layers@"
-        text = strict_json.dump(data)
-        body = "{\n" + ",\n".join(lines) + "\n  }" if lines else "{}"
-        return text.replace('"@layers@"', body, 1)
+        for name in ("cache", "attention"):
+            if data[name] is None:
+                # Plans that do without these sections stay as they were.
+                del data[name]
+        sections = {name: data[name] for name in ("quantize", "attention") if name in data}
+        text = strict_json.dump({**data, **{name: f"@{name}@" for name in sections}})
+        for name, lines in sections.items():
+            text = text.replace(f'"@{name}@"', _one_a_line(lines), 1)
+        return text
 
     @classmethod
     def from_dict(cls, data: Any) -> CompressionPlan:
@@ -87,13 +102,15 @@ class CompressionPlan:
             data,
             required=("schema", "target", "seed", "model", "evidence", "tokens", "quantize",
                       "tensors"),
+            optional=("cache", "attention"),
             where="plan",
         )  # fmt: skip
         _check_types(
             data, {"target": str, "seed": int, "model": dict, "evidence": dict, "quantize": dict},
             where="plan",
         )  # fmt: skip
-        tokens, tensors = data["tokens"], data["tensors"]
+        tokens, tensors, cache = data["tokens"], data["tensors"], data.get("cache")
+        attention = data.get("attention")
         if tensors is not None:
             check_keys(tensors, required=("file", "sha256"), where="tensors")
             _check_types(tensors, {"file": str, "sha256": str}, where="tensors")
@@ -107,6 +124,8 @@ class CompressionPlan:
                 for name, choice in data["quantize"].items()
             },
             tokens=None if tokens is None else TokenSection.from_dict(tokens),
+            cache=None if cache is None else CacheSection.from_dict(cache),
+            attention=None if attention is None else read_attention(attention),
             tensors=tensors,
         )
 
@@ -114,6 +133,15 @@ class CompressionPlan:
     def load(cls, path: Path) -> CompressionPlan:
         """Read the plan file `path`."""
         return cls.from_dict(strict_json.read(path))
+
+
+def _one_a_line(lines: Mapping[str, Any]) -> str:
+    """An object inside the plan's, with each of its values on one line."""
+    written = [
+        f"    {json.dumps(name)}: {json.dumps(line, ensure_ascii=False)}"
+        for name, line in lines.items()
+    ]
+    return "{\n" + ",\n".join(written) + "\n  }" if written else "{}"
 
 
 _TYPE_NAMES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object"}
@@ -135,6 +163,7 @@ def check_plan(
     blocks: tuple[str, ...],
     weights_sha256: str,
     parts: Mapping[str, Collection[str]] | None = None,
+    attentions: Collection[str] = (),
 ) -> None:
     """Raise one `InputError` that lists everything in `plan` that does not fit the model.
 
@@ -144,6 +173,8 @@ def check_plan(
         blocks: full names of the model's repeated blocks.
         weights_sha256: of the model.
         parts: what the tensors file has, by layer; None if it was not read.
+        attentions: full names of the modules that call attention; needed where the plan has a
+            section on them.
     """
     problems: list[str] = []
     if plan.model.get("weights_sha256") != weights_sha256:
@@ -171,6 +202,14 @@ def check_plan(
         if plan.tokens.readout is not None and plan.tokens.readout not in layers:
             near = strict_json.nearest(plan.tokens.readout, layers)
             problems.append(f"tokens.readout: no layer {plan.tokens.readout}{near}")
+    if plan.attention is not None:
+        problems += unknown_attentions(plan.attention, attentions)
+    if plan.cache is not None:
+        problems += [
+            f"cache.blocks: no block {name}{strict_json.nearest(name, blocks)}"
+            for name in plan.cache.blocks
+            if name not in blocks
+        ]
     if problems:
         message = "the plan does not fit the model:\n  " + "\n  ".join(problems)
         raise InputError(message)

@@ -22,6 +22,7 @@ class Target:
         hardware: for whom this target is, in one line.
         searches: the formats of all layers are searched together under a budget; their order does
             not matter then.
+        attention: formats for the products of attention; see `spec.attention_section`.
     """
 
     name: str
@@ -29,20 +30,23 @@ class Target:
     engine_sm: tuple[str, ...]
     hardware: str
     searches: bool = False
+    attention: tuple[str, ...] = ()
 
+
+_EIGHT_BITS = ("fp8", "int8", "int8_fp8")
 
 TARGETS: dict[str, Target] = {
     "nvfp4": Target(
         name="nvfp4", formats=("nvfp4", "int8", FLOAT), engine_sm=("120",),
-        hardware="NVIDIA Blackwell: the only GPUs with FP4 tensor cores",
+        hardware="NVIDIA Blackwell: the only GPUs with FP4 tensor cores", attention=_EIGHT_BITS,
     ),
     "fp8": Target(
         name="fp8", formats=("fp8", FLOAT), engine_sm=("120",),
-        hardware="NVIDIA Ada, Hopper and Blackwell",
+        hardware="NVIDIA Ada, Hopper and Blackwell", attention=_EIGHT_BITS,
     ),
     "int8": Target(
         name="int8", formats=("int8", FLOAT), engine_sm=("120",),
-        hardware="every NVIDIA GPU since Turing, and CPUs",
+        hardware="every NVIDIA GPU since Turing, and CPUs", attention=("int8",),
     ),
     "int4": Target(
         name="int4", formats=("int4_g128", "int4_g64", "int4_g32", FLOAT), engine_sm=("120",),
@@ -51,10 +55,12 @@ TARGETS: dict[str, Target] = {
     "mxfp8": Target(
         name="mxfp8", formats=("mxfp8", FLOAT), engine_sm=("120",),
         hardware="NVIDIA Blackwell: no calibrated ranges, all scales are dynamic",
+        attention=_EIGHT_BITS,
     ),
     "mixed": Target(
         name="mixed", formats=("nvfp4", "mxfp8", "fp8", "int8", FLOAT), engine_sm=("120",),
         hardware="NVIDIA Blackwell: each layer gets what pays for it", searches=True,
+        attention=_EIGHT_BITS,
     ),
 }  # fmt: skip
 

@@ -6,7 +6,15 @@ from collections import Counter
 from typing import Any
 
 from vcompress.validate.report_types import Report, Stage
-from vcompress.validate.wording import UNKNOWN, change_percent, fixed, sqnr, times, weights_mib
+from vcompress.validate.wording import (
+    UNKNOWN,
+    change_percent,
+    fixed,
+    sample_word,
+    sqnr,
+    times,
+    weights_mib,
+)
 
 __all__ = ["closing_notes", "closing_table", "find_stage", "latency_baseline"]
 
@@ -96,7 +104,8 @@ def _quality_rows(report: Report) -> list[Row]:
         agreement = fixed(metrics["agreement_percent"], 2)
         rows.append((f"agreement (%, {clips})", "100.00", agreement, gate))
         gate = ""
-    rows.append(("cosine, worst clip", "1.0000", fixed(metrics["cosine_min"], 4), gate))
+    worst = f"cosine, worst {sample_word(report['model']['task'])}"
+    rows.append((worst, "1.0000", fixed(metrics["cosine_min"], 4), gate))
     rows.append(("SQNR of outputs", "", sqnr(metrics), ""))
     return rows
 

@@ -7,7 +7,14 @@ from typing import Any
 
 from vcompress.validate.closing import find_stage, latency_baseline
 from vcompress.validate.report_types import Report
-from vcompress.validate.wording import UNKNOWN, change_percent, fixed, times, weights_mib
+from vcompress.validate.wording import (
+    UNKNOWN,
+    change_percent,
+    fixed,
+    sample_word,
+    times,
+    weights_mib,
+)
 
 __all__ = ["minus", "speed_text", "ticks", "tiles_view", "verdict_view"]
 
@@ -97,7 +104,7 @@ def _quality_tile(report: Report) -> dict[str, Any]:
     metrics = result["metrics"]
     if metrics is None:
         return _tile("Accuracy", UNKNOWN, "", "", "", str(result["metrics_reason"]))
-    clips = f"{metrics['num_clips']:,} test clips"
+    clips = f"{metrics['num_clips']:,} test {sample_word(report['model']['task'])}s"
     if metrics.get("top1_percent") is not None:
         change = fixed(-metrics["top1_drop_points"], 2, "pt")
         if not change.startswith("-"):

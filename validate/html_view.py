@@ -12,7 +12,15 @@ from typing import Any
 from vcompress.validate.html_layers import layer_view
 from vcompress.validate.html_summary import minus, speed_text, ticks, tiles_view, verdict_view
 from vcompress.validate.report_types import Engine, Report, Stage
-from vcompress.validate.wording import UNKNOWN, change_percent, fixed, mib, short, sqnr
+from vcompress.validate.wording import (
+    UNKNOWN,
+    change_percent,
+    fixed,
+    mib,
+    sample_word,
+    short,
+    sqnr,
+)
 
 __all__ = ["make_view"]
 
@@ -27,6 +35,7 @@ def make_view(report: Report) -> dict[str, Any]:
         "command": report["command"],
         "verdict": verdict_view(report),
         "tiles": tiles_view(report),
+        "samples": f"{sample_word(report['model']['task'])}s",
         "stages": _stages(report),
         "latency": _latency(report),
         "layers": layer_view(report),
@@ -165,15 +174,25 @@ def _tokens(report: Report) -> dict[str, Any] | None:
     if tokens is None:
         return None
     first, last = tokens["num_patches_baseline"], tokens["num_patches_result"]
-    bars = []
-    for block in tokens["blocks"]:
-        share = round(100 * max(0, block["num_patches"]) / max(1, first), 1)
-        bars.append({**block, "height": share, "top": round(100 - share, 1)})
+    bars, sites, before = [], [], first
+    for index, block in enumerate(tokens["blocks"]):
+        left = max(0, block["num_patches"])
+        share = round(100 * left / max(1, first), 1)
+        # A number stands under the first bar and wherever it changes.
+        label = f"{left:,}" if index == 0 or left != before else ""
+        bars.append({**block, "height": share, "top": round(100 - share, 1), "label": label})
+        if block["technique"]:
+            sites.append({
+                "block": block["block"], "technique": block["technique"].replace("_", " "),
+                "before": f"{before:,}", "after": f"{left:,}", "share": f"{share:.0f} %",
+            })  # fmt: skip
+        before = left
     used = dict.fromkeys(block["technique"] for block in tokens["blocks"] if block["technique"])
     # A gap between bars that leaves room for the bars themselves.
     gap = 16 / max(1, len(bars))
     return {
-        "techniques": ", ".join(used) or "none",
+        "techniques": ", ".join(name.replace("_", " ") for name in used) or "none",
+        "sites": sites,
         "attention": tokens["attention"].replace("_", " "),
         "operations": f"{100 * tokens['flop_share']:.1f} %",
         "first": f"{first:,}", "last": f"{last:,}",
@@ -228,7 +247,7 @@ def _facts(report: Report) -> list[dict[str, Any]]:
             ("seed", report["seed"]),
             ("formats read back from", report["precision"]["read_back_from"] or UNKNOWN),
         ]),
-        ("Clips", [
+        (f"{sample_word(model['task'])}s".capitalize(), [
             ("test", f"{clips['test']['num_clips']:,} from {clips['test']['source']}"),
             ("test sha256", clips["test"]["sha256"]),
             ("calibration", "none" if calibration is None else

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,8 @@ from vcompress.validate.metrics import cosine_per_clip, relative_l2
 
 __all__ = ["InputParity", "ParityResult", "check_parity"]
 
-Runner = Callable[[NDArray[Any]], NDArray[Any]]
+# What is run: an array, or anything else that both forms take.
+_Input = TypeVar("_Input")
 
 # The input is moved by this share of its root mean square: far more than a rounding error of
 # float32, far less than a step of a quantizer.
@@ -96,13 +97,14 @@ class ParityResult:
 
 
 def check_parity(
-    reference: Runner,
-    candidate: Runner,
-    inputs: Sequence[NDArray[Any]],
+    reference: Callable[[_Input], NDArray[Any]],
+    candidate: Callable[[_Input], NDArray[Any]],
+    inputs: Sequence[_Input],
     *,
     tolerance: float,
     tie_tolerance: float | None = None,
-    find_tie: Callable[[NDArray[Any]], str | None] | None = None,
+    find_tie: Callable[[_Input], str | None] | None = None,
+    equal: Callable[[Any, Any], bool] = np.array_equal,
 ) -> ParityResult:
     """Compare two forms of a model on at least two different inputs.
 
@@ -116,13 +118,14 @@ def check_parity(
         find_tie: called with an input whose difference lies between the tolerances; says where a
             value was rounded the other way, or None if it finds none. By default the input is
             moved by 1e-5 of its size, three times: a tie is shown if the difference then falls
-            below `tolerance` at least once.
+            below `tolerance` at least once; inputs that are no arrays are not moved.
+        equal: whether two inputs are the same.
 
     Raises:
         InputError: fewer than two inputs, two equal ones, tolerances that are not ordered, or a
             reference whose output does not depend on its input.
     """
-    _check_arguments(inputs, tolerance, tie_tolerance)
+    _check_arguments(inputs, tolerance, tie_tolerance, equal)
     expected = [np.asarray(reference(array)) for array in inputs]
     if all(np.array_equal(expected[0], other, equal_nan=True) for other in expected[1:]):
         message = (
@@ -157,13 +160,14 @@ def check_parity(
 
 
 def _check_arguments(
-    inputs: Sequence[NDArray[Any]], tolerance: float, tie_tolerance: float | None
-) -> None:
+    inputs: Sequence[Any], tolerance: float, tie_tolerance: float | None,
+    equal: Callable[[Any, Any], bool],
+) -> None:  # fmt: skip
     if len(inputs) < 2:
         message = f"parity needs at least two different inputs, got {len(inputs)}"
         raise InputError(message)
     for (i, a), (j, b) in itertools.combinations(enumerate(inputs), 2):
-        if np.array_equal(a, b):
+        if equal(a, b):
             message = (
                 f"parity needs different inputs; inputs {i} and {j} are equal; use other clips"
             )
@@ -196,10 +200,11 @@ def _compare(want: NDArray[Any], got: NDArray[Any], tolerance: float) -> InputPa
 
 
 def _settles(
-    reference: Runner, candidate: Runner, array: NDArray[Any], tolerance: float
-) -> str | None:
+    reference: Callable[[Any], NDArray[Any]], candidate: Callable[[Any], NDArray[Any]], array: Any,
+    tolerance: float,
+) -> str | None:  # fmt: skip
     """Say how far the difference falls beside `array`, or None if it never passes there."""
-    if not np.issubdtype(array.dtype, np.floating):
+    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.floating):
         return None
     rng = np.random.default_rng(0)
     size = float(np.sqrt(np.mean(np.square(array.astype(np.float64)))))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["UNKNOWN", "change_percent", "fixed", "mib", "short", "sqnr", "times", "weights_mib"]
+__all__ = [
+    "UNKNOWN", "change_percent", "fixed", "mib", "sample_word", "short", "sqnr", "times",
+    "weights_mib",
+]  # fmt: skip
 
 UNKNOWN = "n/a"
 
@@ -52,6 +55,11 @@ def mib(num_bytes: int | None) -> str:
 def weights_mib(value: float | None, unit: str = "") -> str:
     """A weight size in MiB, with more decimals where two would hide it."""
     return fixed(value, 2 if value is None or value >= 0.1 or value == 0 else 4, unit)
+
+
+def sample_word(task: str) -> str:
+    """What a model of `task` is tested on one of: a clip, or a recorded call."""
+    return "call" if task == "denoise" else "clip"
 
 
 def sqnr(metrics: Mapping[str, Any] | None) -> str:

@@ -101,6 +101,22 @@ def test_nothing_needed(model: Model, clips: Clips) -> None:
     assert nothing.calls == nothing.input_amax == nothing.input_channel_amax == {}
 
 
+def test_outputs_are_kept_while_they_are_small(model: Model, clips: Clips) -> None:
+    needs = frozenset({"outputs"})
+    stats = observe(model, {}, clips, needs=needs, batch_size=3)
+    assert stats.outputs is not None
+    with torch.no_grad():
+        expected = model(torch.from_numpy(np.stack(list(clips))))
+    torch.testing.assert_close(stats.outputs, expected)
+    assert observe(model, {}, clips, needs=frozenset()).outputs is None
+    for large_or_other in (
+        lambda batch: torch.zeros(len(batch), 2**14 + 1),
+        lambda batch: torch.zeros(len(batch) + 1),
+        lambda batch: [batch],
+    ):
+        assert observe(large_or_other, {}, clips, needs=needs).outputs is None
+
+
 def watch(layer: nn.Module, value: torch.Tensor) -> Stats:
     """The statistics of one layer that is called with `value` once."""
     frames = np.zeros((1, 2, 4, 4, 3), np.uint8)
@@ -191,7 +207,7 @@ def test_a_need_that_does_not_exist_is_a_bug(model: Model, clips: Clips) -> None
     with pytest.raises(ValueError, match=r"unknown statistics \['hessian'\]") as caught:
         observe(model, {}, clips, needs=frozenset({"hessian"}))
     assert not isinstance(caught.value, InputError)
-    assert NEEDS == ALL
+    assert ALL | {"outputs"} == NEEDS
 
 
 def test_one_module_under_two_names(clips: Clips) -> None:

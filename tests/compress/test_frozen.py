@@ -228,7 +228,7 @@ def test_an_input_that_was_always_zero() -> None:
 
 def test_gradients_do_not_follow() -> None:
     result = frozen(nn.Linear(32, 8), "int8")
-    assert list(result.parameters()) == []
+    assert sum(parameter.numel() for parameter in result.parameters()) == 0
     assert not result(torch.randn(1, 32)).requires_grad
 
 

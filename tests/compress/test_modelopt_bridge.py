@@ -45,7 +45,7 @@ def model() -> VideoModel:
     }
     return VideoModel(
         name="small", module=module, family="generic", task="generic", layers=layers, blocks=(),
-        clip=ClipSpec(num_frames=2, height=4, width=4),
+        inputs=ClipSpec(num_frames=2, height=4, width=4),
     )  # fmt: skip
 
 

@@ -119,10 +119,10 @@ def test_tokens_and_precision_work_together(model: VideoModel, calibration: Clip
     assert agreement > 0.8
 
 
-def test_smoothquant_through_modelopt_is_stored_beside_the_plan(
+def test_smoothing_is_stored_beside_the_plan(
     model: VideoModel, calibration: Clips, tmp_path: Path
 ) -> None:
-    options = vcompress.Options(target="int8", calib=SOURCE, algorithm="smoothquant")
+    options = vcompress.Options(target="nvfp4", calib=SOURCE, algorithm="awq")
     smooth, tensors = make_plan(model, calibration, options)
     saved = save_plan(smooth, tensors, tmp_path / "plan.json")
     assert saved.tensors is not None

@@ -92,7 +92,7 @@ def test_json_and_check(
 def test_check_is_printed_also_where_few_bits_are_not_possible(
     small: tuple[Any, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from vcompress.terminal import Console
+    from vcompress.terminal.console import Console
 
     model, clips = small
     table = sensitivity(

@@ -95,6 +95,14 @@ def test_page_shows_the_numbers_of_the_report(report: Report) -> None:
     assert all(layer["name"] in text for layer in report["layers"])
 
 
+def test_every_place_where_tokens_go_has_its_row(report: Report) -> None:
+    text = Page(render_html(report)).text
+    # Ten of twelve blocks are reduced: a row and a bar each, and the line above them.
+    assert text.count("bipartite") == 21
+    assert "1,568 \N{RIGHTWARDS ARROW} 1,472" in text
+    assert "704 \N{RIGHTWARDS ARROW} 608" in text
+
+
 def test_equal_reports_give_equal_bytes(report: Report) -> None:
     assert render_html(report) == render_html(report)
 

@@ -1,0 +1,100 @@
+"""A compressed denoiser as a module, for a pipeline of diffusers that goes on as before.
+
+    pipe.transformer = vcompress.compressed("out/")
+
+The module is of the class that the pipeline knows, built from the configuration in the artifact,
+with layers that hold packed weights. Its formats are simulated: they save memory, not time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vcompress.compress.passes import PASSES, QuantizePass
+from vcompress.compress.restore import restore_module
+from vcompress.models.empty import empty_module
+from vcompress.models.structure import find_blocks, find_layers
+from vcompress.models.video import VideoModel
+from vcompress.pipeline.planning import read_plan
+from vcompress.spec import strict_json
+from vcompress.spec.artifact import Artifact, sha256_of
+from vcompress.spec.call import CallSpec
+from vcompress.spec.errors import InputError
+from vcompress.spec.plan import LayerFacts
+
+__all__ = ["compressed"]
+
+
+def compressed(path: Path | str, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """The planned module of the artifact at `path`, in evaluation mode, on the CPU.
+
+    Args:
+        dtype: what is computed in; by default that of the original weights.
+
+    Raises:
+        InputError: no artifact, one of another kind of model, or files that were changed.
+        MissingCapabilityError: diffusers is not installed.
+    """
+    artifact = Artifact.open(Path(path))
+    weights, config = _verified(artifact, "weights"), _verified(artifact, "config")
+    described = artifact.manifest.get("call")
+    if weights is None or config is None or described is None:
+        message = (
+            f"{path} is an artifact of {artifact.manifest['name']}, which is no model of "
+            "diffusers; run its model.onnx instead"
+        )
+        raise InputError(message)
+    plan_path = _verified(artifact, "plan")
+    if plan_path is None:
+        message = f"{path} has no plan; make the artifact again"
+        raise InputError(message)
+    plan, tensors = read_plan(plan_path)
+    configuration = strict_json.read(config)
+    module = empty_module(configuration)
+    facts = {name: _facts(module, name) for name in plan.quantize}
+    model = VideoModel(
+        name=str(artifact.manifest["name"]), module=module, task="denoise",
+        family=str(configuration["_class_name"]), inputs=CallSpec.from_dict(described),
+        layers=facts, blocks=find_blocks(module, facts), config=configuration, source=str(path),
+    )  # fmt: skip
+    stored = torch.float32
+    for step in PASSES:
+        if isinstance(step, QuantizePass):
+            # Its weights are stored as they came out.
+            stored = restore_module(module, plan.quantize, weights)
+        else:
+            step.apply(model, plan, tensors)
+    if dtype is not None and dtype != stored:
+        _cast(module, dtype)
+    return module.eval().requires_grad_(False)
+
+
+def _facts(module: nn.Module, name: str) -> LayerFacts:
+    found = find_layers(module, {name})
+    if name not in found:
+        message = f"the plan's layer {name} is no part of {type(module).__name__}"
+        raise InputError(message)
+    return found[name]
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Bring what is not frozen to `dtype`, but what the class wants in float32."""
+    keep = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not keep & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _verified(artifact: Artifact, role: str) -> Path | None:
+    """The file with this role, its sha256 compared; None if there is none."""
+    for entry in artifact.manifest["files"]:
+        if entry["role"] == role:
+            path = artifact.path / str(entry["path"])
+            if sha256_of(path) != entry["sha256"]:
+                message = f"{path} was changed since the artifact was made; make it again"
+                raise InputError(message)
+            return path
+    return None

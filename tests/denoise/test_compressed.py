@@ -1,0 +1,201 @@
+"""A compressed denoiser goes back into its pipeline, which goes on as before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from torch import nn
+
+from vcompress.calib.calls import load_calls
+from vcompress.cli import cli
+from vcompress.compress.frozen import FrozenLayer
+from vcompress.compress.restore import save_module
+from vcompress.export.publish import write_manifest
+from vcompress.models.load import LoadOptions, load_model
+from vcompress.models.recording import record_calls
+from vcompress.models.video import VideoModel
+from vcompress.pipeline.compressed import compressed
+from vcompress.pipeline.planning import apply_plan, empty_plan, save_plan
+from vcompress.pipeline.record import file_role
+from vcompress.pipeline.revalidate import validate
+from vcompress.pipeline.run import Options
+from vcompress.spec.artifact import Artifact
+from vcompress.spec.call import CallSpec
+from vcompress.spec.errors import InputError
+from vcompress.spec.plan import LayerChoice
+
+# What diffusers and torch say of themselves.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:In CPU autocast"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+]
+WAN = "WanTransformer3DModel"
+
+
+def pipeline(first: nn.Module, second: nn.Module) -> Any:
+    """Wan 2.2: one transformer for much noise, one for little."""
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    made = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=first,
+        transformer_2=second, boundary_ratio=0.875,
+    )  # fmt: skip
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def generate(pipe: Any, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(2, 1, 8, 32, generator=generator).to(dtype)
+    frames: torch.Tensor = pipe(
+        prompt_embeds=text[0], negative_prompt_embeds=text[1], height=64, width=64, num_frames=9,
+        num_inference_steps=5, guidance_scale=4.0, output_type="latent", generator=generator,
+    ).frames  # fmt: skip
+    return frames
+
+
+def artifact_of(model: VideoModel, calls: Path, format: str, folder: Path) -> VideoModel:
+    """Write what `compressed` reads of an artifact, every layer in `format`; the planned model."""
+    folder.mkdir()
+    choices = {
+        name: LayerChoice(format=format, reason="", input_amax=4.0)
+        if format == "keep" or facts.objection(format) is None
+        else LayerChoice(format="keep", reason="")
+        for name, facts in model.layers.items()
+    }
+    plan = empty_plan(model, load_calls(calls), Options(target="nvfp4", calib=str(calls)))
+    plan = save_plan(type(plan)(**{**plan.__dict__, "quantize": choices}), {}, folder / "plan.json")
+    planned = apply_plan(model, plan)
+    save_module(planned.module, folder / "weights.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(model.config)))
+    assert isinstance(model.inputs, CallSpec)
+    keys = ("vcompress", "created", "name", "source", "inputs", "outputs", "precision", "requires")
+    manifest = {
+        "schema": 1, **dict.fromkeys(keys, ""), "task": "denoise", "clip": None,
+        "call": model.inputs.as_dict(),
+    }  # fmt: skip
+    write_manifest(folder, manifest, roles={p.name: file_role(p.name) for p in folder.iterdir()})
+    return planned
+
+
+def test_without_quantization_the_pipeline_gives_the_same_bits(zoo: Any, tmp_path: Path) -> None:
+    original, model = zoo.build(WAN), zoo.load(WAN)
+    artifact_of(model, zoo.calls(WAN), "keep", tmp_path / "out")
+    restored = compressed(tmp_path / "out")
+    assert type(restored) is type(original)
+    expected = generate(pipeline(original, original), 3)
+    assert expected.std() > 0
+    assert torch.equal(generate(pipeline(restored, restored), 3), expected)
+
+
+@pytest.mark.parametrize("name", [WAN, "LatteTransformer3DModel", "HunyuanVideoTransformer3DModel"])
+def test_a_compressed_module_is_the_planned_one(zoo: Any, name: str, tmp_path: Path) -> None:
+    model = zoo.load(name)
+    planned = artifact_of(model, zoo.calls(name), "nvfp4", tmp_path / "out")
+    restored = compressed(tmp_path / "out")
+    frozen = [each for each in restored.modules() if isinstance(each, FrozenLayer)]
+    assert len(frozen) > 0.8 * len(model.layers)
+    arguments = zoo.arguments(name, 5, 600.0)
+    with torch.inference_mode():
+        output = restored(**arguments, return_dict=False)[0]
+        expected = planned.module(**arguments, return_dict=False)[0]
+        unquantized = model.module(**arguments, return_dict=False)[0]
+    assert torch.equal(output, expected)
+    assert not torch.allclose(output, unquantized, rtol=1e-3)
+    # Four bits and an eight-bit scale for 16 values; nothing of them is there in float.
+    packed = sum(layer.weight_bits for layer in frozen)
+    assert packed < 4.51 * sum(layer.weight.numel() for layer in frozen) + 32 * len(frozen)
+
+
+def test_both_transformers_of_wan_in_their_pipeline(zoo: Any, tmp_path: Path) -> None:
+    model = zoo.load(WAN)
+    planned = artifact_of(model, zoo.calls(WAN), "int8", tmp_path / "out")
+    pipe = pipeline(compressed(tmp_path / "out"), compressed(tmp_path / "out"))
+    with record_calls(pipe.transformer, tmp_path / "calls.pt") as calls:
+        latents = generate(pipe, 1)
+    assert calls[0].call.spec.tensors[0].name == "hidden_states"
+    torch.testing.assert_close(generate(pipeline(planned.module, planned.module), 1), latents)
+    assert not torch.allclose(generate(pipeline(model.module, model.module), 1), latents)
+    # In bfloat16 too, as pipelines run; weights stay packed.
+    half = compressed(tmp_path / "out", dtype=torch.bfloat16)
+    assert (half.dtype, half.device.type) == (torch.bfloat16, "cpu")
+    assert half.blocks[0].attn1.to_q.weight_quantized.dtype == torch.int8
+    frames = generate(pipeline(half, half), 1, torch.bfloat16)
+    assert (frames.float() - latents).norm() < 0.1 * latents.norm()
+
+
+def test_weights_go_back_to_the_type_that_they_came_in(zoo: Any, tmp_path: Path) -> None:
+    module = zoo.build(WAN).to(torch.bfloat16)
+    module.save_pretrained(tmp_path / "model")
+    model = load_model(str(tmp_path / "model"), LoadOptions(calls=zoo.calls(WAN)))
+    artifact_of(model, zoo.calls(WAN), "nvfp4", tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "weights.safetensors")
+    name = "blocks.0.attn1.norm_q.weight"
+    assert stored[name].dtype == torch.bfloat16
+    restored = compressed(tmp_path / "out")
+    assert restored.dtype == torch.bfloat16
+    assert torch.equal(restored.state_dict()[name], module.state_dict()[name])
+    # The class wants these in float32 whatever the rest is in.
+    assert restored.scale_shift_table.dtype == torch.float32
+    config, quantized = restored.config, restored.condition_embedder.time_proj
+    assert (config["num_layers"], quantized.format) == (2, "nvfp4")
+
+
+def test_files_that_were_changed_are_refused(zoo: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    artifact_of(zoo.load(WAN), zoo.calls(WAN), "int8", folder)
+    weights = folder / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match="was changed since the artifact was made"):
+        compressed(folder)
+    with pytest.raises(InputError, match="is not an artifact"):
+        compressed(tmp_path)
+
+
+def test_quantize_from_the_command(zoo: Any, tmp_path: Path) -> None:
+    model, calls, out = tmp_path / "wan", zoo.calls(WAN), tmp_path / "out"
+    # One block: exports take seconds a block.
+    zoo.build(WAN, 1).save_pretrained(model)
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(cli, ["quantize", str(model), "--target", "nvfp4", *arguments])
+
+    for arguments, text in (
+        ((), "calibration clips are needed"),
+        (("--calib", str(tmp_path)), "no such file of recorded calls"),
+        (("--calib", str(calls), "--max-drop", "1"), "task of wan is denoise"),
+        (("--calib", str(calls), "--tokens", "0.5"), "tokens cannot be reduced"),
+    ):
+        refused = run(*arguments)
+        assert isinstance(refused.exception, InputError)
+        assert text in str(refused.exception)
+    result = run("--calib", str(calls), "--min-sqnr", "15", "--no-engine", "--max-layer-error",
+                 "0.2", "--output", str(out), "--quiet")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "gate 15.00 dB: pass" in result.output
+    artifact = Artifact.open(out, verify_hashes=True)
+    assert [one["name"] for one in artifact.manifest["inputs"]] == [
+        "hidden_states", "timestep", "encoder_hidden_states"
+    ]  # fmt: skip
+    assert artifact.manifest["precision"]["layers"]["nvfp4"] >= 10
+    assert not any(key.startswith("_name") for key in json.loads((out / "config.json").read_text()))
+    again = validate(out)
+    assert (again.passed, again.golden_relative_l2) == (True, 0.0)
+    assert again.verdict.sqnr_db == pytest.approx(artifact.manifest["quality"]["result"])
+    restored = compressed(out)
+    recorded = list(load_calls(calls).tensors(1))
+    with torch.inference_mode():
+        outputs = [restored(**call.arguments, return_dict=False)[0] for call in recorded]
+    assert all(bool(output.isfinite().all()) for output in outputs)
+    shown = CliRunner().invoke(cli, ["inspect", str(model)])
+    assert "hidden_states, timestep, encoder_hidden_states" in shown.output
