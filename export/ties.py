@@ -35,6 +35,8 @@ from vcompress.spec.formats import FORMATS
 __all__ = ["Ties", "count_ties"]
 
 _ROUNDED = ("int8", "fp8")
+# Largest relative L2 difference that floating-point arithmetic may cause.
+_FLOAT_TOLERANCE = 1e-5
 # What the two products of one attention compute with, by operand.
 Operands = Mapping[str, torch.Tensor]
 
@@ -68,15 +70,14 @@ class Ties:
     num_unexplained: int
     worst_layer: str
 
-    def explanation(self, *, tolerance: float = 1e-5) -> str | None:
-        """One line that shows the ties, or None if ties alone do not explain the difference.
+    @property
+    def all_explained(self) -> bool:
+        """Whether nothing is left of the difference once values on ties are rounded alike."""
+        return not self.num_unexplained and self.forced_relative_l2 <= _FLOAT_TOLERANCE
 
-        Args:
-            tolerance: largest relative L2 difference that floating-point arithmetic may cause.
-        """
-        if self.num_unexplained or not self.num_differing:
-            return None
-        if not self.forced_relative_l2 <= tolerance:
+    def explanation(self) -> str | None:
+        """One line that shows the ties, or None if ties alone do not explain the difference."""
+        if not self.num_differing or not self.all_explained:
             return None
         return (
             f"{self.num_differing} of {self.num_values} quantized values lie between two codes, "

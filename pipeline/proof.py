@@ -7,7 +7,7 @@ judges. A format that this machine only simulates gets no latency.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,19 +19,23 @@ import torch
 
 from vcompress.calib.calls import Samples
 from vcompress.export.runtime import INTEGER_KERNELS, Session
-from vcompress.export.ties import count_ties
-from vcompress.models.calls import Batch, Call, equal_batches, named_arrays
-from vcompress.models.video import PrimaryOutput, VideoModel
-from vcompress.spec.errors import BuildError
+from vcompress.models.calls import Batch, named_arrays
+from vcompress.models.video import VideoModel
+from vcompress.pipeline.equivalence import (
+    agreement_of,
+    parity_of,
+    probes_of,
+    run_session,
+    run_torch,
+)
 from vcompress.spec.formats import FLOAT
 from vcompress.spec.plan import CompressionPlan
 from vcompress.validate.latency import LatencyStatistics, measure_interleaved
 from vcompress.validate.metrics import Metrics, compare_outputs
-from vcompress.validate.parity import ParityResult, check_parity
 from vcompress.validate.report import build_stage
 from vcompress.validate.report_types import Stage
 
-__all__ = ["BASELINE", "RESULT", "Forms", "Proof", "prove", "run_session"]
+__all__ = ["BASELINE", "RESULT", "Forms", "Proof", "prove"]
 
 Array = npt.NDArray[Any]
 
@@ -41,14 +45,6 @@ PLANNED = "planned torch"
 RESULT = "portable ONNX"
 TENSORRT = "TensorRT ONNX"
 
-# Relative L2 difference of the outputs. Float arithmetic differs in its last bits from one runtime
-# to the next, which can turn the rounding of a value that lies between two codes; one such step
-# spreads through the layers behind it (measured: 0.1 after twelve NVFP4 blocks with random
-# weights). So a difference between the last two counts only if every differing code is shown to
-# be such a tie and nothing is left of the difference once the codes are the same.
-FLOAT_TOLERANCE = 1e-5
-PLANNED_TOLERANCE = 1e-3
-TIE_TOLERANCE = 0.2
 _BATCH_SIZE = 16
 _WARM_UP = 5
 _ROUNDS = 20
@@ -102,12 +98,12 @@ def prove(
     Raises:
         BuildError: an ONNX graph does not compute what its module computes.
     """
-    baseline = _run(lambda x: _torch(forms.baseline, x), test, on_clips)
-    planned = _run(lambda x: _torch(forms.planned, x), test, on_clips)
+    baseline = _run(lambda x: run_torch(forms.baseline, x), test, on_clips)
+    planned = _run(lambda x: run_torch(forms.planned, x), test, on_clips)
     result = _run(lambda x: run_session(forms.portable_session, x), test, on_clips)
-    probes = _probes(test)
-    baseline_parity = _parity(forms.baseline, forms.baseline_session, None, probes, BASELINE_ONNX)
-    result_parity = _parity(
+    probes = probes_of(test)
+    baseline_parity = parity_of(forms.baseline, forms.baseline_session, None, probes, BASELINE_ONNX)
+    result_parity = parity_of(
         forms.planned, forms.portable_session, forms.portable_path, probes, RESULT
     )
     latency, reason = _latency(forms, plan, probes[0][:1])
@@ -139,7 +135,10 @@ def prove(
             RESULT, about="the plan in standard ONNX operators",
             runtime=_session_runtime(forms.portable_session),
             metrics=metrics(baseline, result), metrics_versus_previous=metrics(planned, result),
-            parity=result_parity, latency=None if latency is None else latency[RESULT],
+            parity=result_parity, agreement=agreement_of(
+                forms.planned, forms.portable_path, test, planned, result
+            ),
+            latency=None if latency is None else latency[RESULT],
             latency_reason=reason, batch_size=1,
         ),
         _tensorrt_stage(forms, probes),
@@ -155,7 +154,7 @@ def prove(
 def _tensorrt_stage(forms: Forms, probes: list[Batch]) -> Stage:
     parity = None
     if forms.tensorrt_session is not None:
-        parity = _parity(
+        parity = parity_of(
             forms.planned, forms.tensorrt_session, forms.tensorrt_path, probes, TENSORRT
         )
     return build_stage(
@@ -170,20 +169,6 @@ def _tensorrt_stage(forms: Forms, probes: list[Batch]) -> Stage:
     )
 
 
-def _torch(model: VideoModel, batch: Batch) -> Array:
-    output: Array = model(batch).float().numpy()
-    return output
-
-
-def run_session(session: Session, batch: Batch | Array) -> Array:
-    """Run a batch of any size, one sample at a time where the graph's batch size is fixed."""
-    parts: Sequence[Batch | Array] = [batch]
-    if not session.batch_is_dynamic:
-        parts = [batch[index : index + 1] for index in range(len(batch))]
-    outputs = (session.run_named(named_arrays(part, session.input_names)) for part in parts)
-    return np.concatenate([output[session.output_names[0]] for output in outputs])
-
-
 def _run(
     runner: Callable[[Batch], Array], samples: Samples, on_clips: Callable[[int], None]
 ) -> Array:
@@ -192,60 +177,6 @@ def _run(
         outputs.append(runner(batch))
         on_clips(len(batch))
     return np.concatenate(outputs)
-
-
-def _probes(test: Samples) -> list[Batch]:
-    """Two or three different clips or calls, each as a batch of one."""
-    probes: list[Batch] = []
-    for sample in test.tensors(1):
-        if not any(equal_batches(sample, other) for other in probes):
-            probes.append(sample)
-        if len(probes) == 3:
-            break
-    if len(probes) < 2:
-        # One alone would also pass a graph that it was baked into.
-        probes.append(_another(probes[0]))
-    return probes
-
-
-def _another(sample: Batch) -> Batch:
-    """A different sample of the same shapes and types."""
-    if isinstance(sample, Call):
-        first, *_ = sample.tensors
-        latents = sample.tensors[first]
-        return sample.with_flat({**sample.flat, first: latents.flip(-1) + 1})
-    return sample.flip(-1) + 1
-
-
-def _parity(
-    model: VideoModel, session: Session, quantized_path: Path | None, probes: list[Batch], name: str
-) -> ParityResult:
-    """Parity of `session` with `model`; only a quantized graph may round ties the other way."""
-    tolerance = FLOAT_TOLERANCE if quantized_path is None else PLANNED_TOLERANCE
-    tie_tolerance = None if quantized_path is None else TIE_TOLERANCE
-
-    def find_tie(x: Batch) -> str | None:
-        assert quantized_path is not None
-        return count_ties(PrimaryOutput(model.module, x), quantized_path, x).explanation()
-
-    result = check_parity(
-        lambda x: _torch(model, x),
-        lambda x: run_session(session, x),
-        probes,
-        tolerance=tolerance,
-        tie_tolerance=tie_tolerance,
-        find_tie=find_tie,
-        equal=equal_batches,
-    )
-    if result.verdict == "fail":
-        message = (
-            f"{name} does not compute what its module computes: relative L2 difference "
-            f"{result.relative_l2_max:.2e}, allowed {tolerance:.0e}"
-            f"{'' if tie_tolerance is None else ', and it is not explained by rounding ties'}; "
-            "this is a fault of the export, please report it with the model's architecture"
-        )
-        raise BuildError(message)
-    return result
 
 
 def _latency(

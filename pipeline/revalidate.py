@@ -20,7 +20,7 @@ from vcompress.calib.sources import ClipRequest, open_clip_sets, open_clips
 from vcompress.export.manifest import GOLDEN_INPUTS
 from vcompress.export.runtime import Session, open_session
 from vcompress.models.calls import Batch, Call
-from vcompress.pipeline.proof import run_session
+from vcompress.pipeline.equivalence import run_session
 from vcompress.pipeline.run import Progress, Silent
 from vcompress.spec.artifact import Artifact
 from vcompress.spec.call import CallSpec

@@ -16,7 +16,7 @@ from vcompress.validate.wording import (
     weights_mib,
 )
 
-__all__ = ["closing_notes", "closing_table", "find_stage", "latency_baseline"]
+__all__ = ["closing_notes", "closing_table", "find_stage", "latency_baseline", "ties_note"]
 
 Row = tuple[str, str, str, str]
 
@@ -141,9 +141,22 @@ def closing_notes(report: Report) -> list[tuple[str, str]]:
             else (f"{engine['status']}: {engine['reason']}")
         )
         notes.append(("engine", f"{name} {text}"))
+    agreement = find_stage(report, report["result_stage"]).get("agreement")
+    if agreement is not None and agreement["num_differing"]:
+        notes.append(("ties", ties_note(agreement)))
     skipped = report["clips"]["skipped"]
     if skipped:
         notes.append(("clips", f"{len(skipped)} skipped, first: {skipped[0]['name']} "
                                f"({skipped[0]['reason']})"))  # fmt: skip
     notes += [("warning", text) for text in report["warnings"]]
     return [*notes, ("verdict", f"{report['verdict']['outcome']}. {report['verdict']['reason']}")]
+
+
+def ties_note(agreement: dict[str, Any]) -> str:
+    """One line on the clips that the file answers otherwise than its module."""
+    looked_at = agreement["num_looked_at"]
+    seen = "all" if looked_at == agreement["num_differing"] else f"all {looked_at} looked at"
+    return (
+        f"{agreement['num_differing']} of {agreement['num_clips']} clips have another top class in "
+        f"the file than in torch; in {seen} of them rounding ties are shown to be what differs"
+    )

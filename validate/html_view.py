@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
+from vcompress.validate.closing import find_stage, ties_note
 from vcompress.validate.html_layers import layer_view
 from vcompress.validate.html_summary import minus, speed_text, ticks, tiles_view, verdict_view
 from vcompress.validate.report_types import Engine, Report, Stage
@@ -37,6 +38,7 @@ def make_view(report: Report) -> dict[str, Any]:
         "tiles": tiles_view(report),
         "samples": f"{sample_word(report['model']['task'])}s",
         "stages": _stages(report),
+        "ties": _ties(report),
         "latency": _latency(report),
         "layers": layer_view(report),
         "files": _files(report),
@@ -80,6 +82,11 @@ def _stages(report: Report) -> dict[str, Any]:
         for stage in report["stages"]
     ]  # fmt: skip
     return {"columns": columns, "rows": rows}
+
+
+def _ties(report: Report) -> str:
+    agreement = find_stage(report, report["result_stage"]).get("agreement")
+    return ties_note(agreement) if agreement and agreement["num_differing"] else ""
 
 
 def _cells(stage: Stage, columns: list[str], *, classify: bool) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from vcompress.spec import strict_json
 from vcompress.spec.errors import InputError
+from vcompress.validate.agreement import Agreement
 from vcompress.validate.closing import closing_notes, closing_table
 from vcompress.validate.gate import Verdict
 from vcompress.validate.latency import LatencyStatistics
@@ -51,6 +52,7 @@ def build_stage(
     metrics_reason: str | None = None,
     metrics_versus_previous: Metrics | None = None,
     parity: ParityResult | None = None,
+    agreement: Agreement | None = None,
     latency: LatencyStatistics | None = None,
     latency_reason: str | None = None,
     batch_size: int | None = None,
@@ -66,6 +68,7 @@ def build_stage(
             None if metrics_versus_previous is None else dict(metrics_versus_previous)
         ),
         parity=None if parity is None else parity.as_dict(),
+        agreement=None if agreement is None else agreement.as_dict(),
         latency=None if latency is None else latency.as_dict(),
         latency_reason=latency_reason,
         batch_size=batch_size,

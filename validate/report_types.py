@@ -30,8 +30,9 @@ class Stage(TypedDict):
     """One form of the model, from the baseline to the engine, in the order of the chain.
 
     `metrics` (see `metrics.compare_outputs`) compare with the baseline, `metrics_versus_previous`
-    with the stage before; `parity` is `ParityResult.as_dict()` against the previous stage, and
-    `latency` is `LatencyStatistics.as_dict()`. Where one is null, its `_reason` says why.
+    with the stage before, as do `parity`, `ParityResult.as_dict()`, and `agreement` of classifiers,
+    `Agreement.as_dict()`; `latency` is `LatencyStatistics.as_dict()`. Where one is null, its
+    `_reason` says why.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Stage(TypedDict):
     metrics_reason: str | None
     metrics_versus_previous: dict[str, Any] | None
     parity: dict[str, Any] | None
+    agreement: NotRequired[dict[str, Any] | None]
     latency: dict[str, Any] | None
     latency_reason: str | None
     batch_size: int | None

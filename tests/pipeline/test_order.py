@@ -19,7 +19,8 @@ from vcompress.models.load import LoadOptions, load_model, wrap_module
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.planning import apply_plan, make_plan, read_plan, save_plan
 from vcompress.spec.artifact import Artifact
-from vcompress.spec.errors import InputError
+from vcompress.spec.errors import BuildError, InputError
+from vcompress.spec.formats import FLOAT
 from vcompress.spec.plan import CompressionPlan
 
 SOURCE = "reference:penvideo20"
@@ -220,3 +221,27 @@ def test_any_module_goes_through(tmp_path: Path) -> None:
     assert "divisible by 16, got 12" in outcome.plan.quantize["wide"].reason
     assert outcome.report["engines"][0]["status"] == "built", outcome.report["engines"]
     json.loads((outcome.path / "plan.json").read_text())
+
+
+def test_another_answer_than_the_module_must_be_a_tie(
+    model: VideoModel, plan: CompressionPlan, calibration: Clips, tmp_path: Path
+) -> None:
+    from vcompress.export.graph import export_onnx
+    from vcompress.models.video import PrimaryOutput
+    from vcompress.pipeline.equivalence import agreement_of
+
+    planned = apply_plan(model, plan)
+    path = tmp_path / "model.onnx"
+    export_onnx(PrimaryOutput(planned.module), model.example(), path, dialect="portable")
+    logits = np.eye(20)[[0] * len(calibration)]
+    other = logits.copy()
+    other[5] = np.eye(20)[1]
+    # The file computes what the module does: whatever differed before, nothing is left of it.
+    found = agreement_of(planned, path, calibration, logits, other)
+    assert found is not None
+    assert (found.verdict, found.num_tied) == ("ties", 1)
+    # A file of another plan names other classes, and no tie explains it.
+    floats = {name: dataclasses.replace(each, format=FLOAT) for name, each in plan.quantize.items()}
+    wrong = dataclasses.replace(plan, quantize={**floats, **dict(list(plan.quantize.items())[:3])})
+    with pytest.raises(BuildError, match="rounding ties explain 0"):
+        agreement_of(apply_plan(model, wrong), path, calibration, logits, other)
