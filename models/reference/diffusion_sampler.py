@@ -5,10 +5,12 @@
     ends = continue_clips(pipe, clips[:, :4], seed=0)
 
 The transformer works on pixels, so the pipeline has no VAE and no text encoder: it is called with
-prompt embeddings and gives latents, which are the frames in -1..1. Text to video is diffusers' own
-`__call__`. Continuation follows Wan 2.2 TI2V (https://github.com/Wan-Video/Wan2.2): the tokens of
-known frames stay clean and carry time step 0, the others carry that of the sampler. diffusers'
-pipeline for it insists on a VAE, so the loop is written here.
+prompt embeddings and gives latents, which are the frames in -1..1. It predicts the clip rather than
+the velocity (`train_diffusion` says why), for which UniPC, the sampler that Wan comes with, has a
+setting. Text to video is diffusers' own `__call__`. Continuation follows Wan 2.2 TI2V
+(https://github.com/Wan-Video/Wan2.2): the tokens of known frames stay clean and carry time step 0,
+the others carry that of the sampler. diffusers' pipeline for it insists on a VAE, so the loop is
+written here.
 
 Shapes: N clips, T frames, H W pixels.
 """
@@ -24,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
 from vcompress.models.checkpoint import read_safetensors
 from vcompress.models.reference import bouncing_garments
@@ -47,7 +49,9 @@ _CALL_SIZE = {"height": 8 * SIZE, "width": 8 * SIZE, "num_frames": 4 * (NUM_FRAM
 
 def build_pipeline(transformer: WanTransformer3DModel) -> WanPipeline:
     """A `WanPipeline` around `transformer`, without VAE and text encoder."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="sample", use_flow_sigmas=True, flow_shift=SHIFT
+    )
     pipe = WanPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -185,12 +189,12 @@ def continue_clips(
         latents[:, :, :num_known] = clean
         context = {"step_index": index, "sigma": float(scheduler.sigmas[index])}
         with transformer.cache_context("cond", **context, num_inference_steps=num_steps):
-            velocity = transformer(
+            predicted = transformer(
                 hidden_states=latents,
                 timestep=(free.flatten() * time).expand(count, -1),
                 encoder_hidden_states=prompts,
                 return_dict=False,
             )[0]
-        latents = scheduler.step(velocity, time, latents, return_dict=False)[0]
+        latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
     latents[:, :, :num_known] = clean
     return to_frames(latents)
