@@ -60,6 +60,7 @@ def measure(model: str, target: str) -> dict[str, Any]:
             "agreement_percent"
         ],
         "parity": result["parity"],
+        "agreement": result.get("agreement"),
         "latency": result["latency"],
         "baseline_latency": onnx_baseline["latency"],
         "verdict": report["verdict"],
