@@ -29,7 +29,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
         "threshold": 0.1, "max_skips": None, "coefficients": (1.0, 0.0), "signal_range": None,
     },
     "first_block": {"threshold": 0.08, "max_skips": None, "front_blocks": 1, "back_blocks": 0},
-    "taylorseer": {"interval": 4, "order": 1},
+    "taylorseer": {"interval": 4, "order": 1, "compute_steps": None},
     "fixed": {"interval": 2, "compute_steps": None},
 })  # fmt: skip
 

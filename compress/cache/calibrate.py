@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from vcompress.compress.cache.apply import Denoisers, denoisers_of
 from vcompress.compress.cache.cached import Cached
@@ -38,6 +39,7 @@ class Trajectory:
         denoiser, branch, generation: whose.
         change, residual, growth: by step; see `policies.observer`. They compare with the step
             before, so the denoiser's first step of the run is missing.
+        sample: some values of the residual by step, float32 `[K]`.
     """
 
     denoiser: str
@@ -46,6 +48,7 @@ class Trajectory:
     change: dict[int, float] = field(default_factory=dict)
     residual: dict[int, float] = field(default_factory=dict)
     growth: dict[int, float] = field(default_factory=dict)
+    sample: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -65,7 +68,9 @@ def observe(
         if key not in trajectories:
             trajectories[key] = Trajectory(*key)
             found.append(trajectories[key])
+            trajectories[key].sample[step] = state["sample"]
             return
+        trajectories[key].sample[step] = state["sample"]
         for name in ("change", "residual", "growth"):
             getattr(trajectories[key], name)[step] = float(state[name])
 

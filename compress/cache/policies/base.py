@@ -31,7 +31,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-__all__ = ["Level", "Policy", "Signal", "State", "relative_l1"]
+__all__ = ["Level", "Policy", "Signal", "State", "is_listed", "relative_l1"]
 
 State = dict[str, torch.Tensor]
 
@@ -42,6 +42,11 @@ Level = Literal["model", "stack", "block"]
 Signal = Literal["none", "input", "modulated", "front"]
 
 _TINY = 1e-12
+
+
+def is_listed(steps: Sequence[int], step: torch.Tensor) -> torch.Tensor:
+    """Whether `step`, an integer scalar, is one of `steps`."""
+    return (torch.tensor(tuple(steps), dtype=torch.int64) == step).any()
 
 
 def relative_l1(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vcompress.compress.cache.policies.base import Policy, State
+from vcompress.compress.cache.policies.base import Policy, State, is_listed
 
 __all__ = ["Fixed"]
 
@@ -37,4 +37,4 @@ class Fixed(Policy):
         del value
         if self.compute_steps is None:
             return state["skips"] >= self.interval - 1, state
-        return (torch.tensor(self.compute_steps, dtype=torch.int64) == step).any(), state
+        return is_listed(self.compute_steps, step), state

@@ -3,12 +3,13 @@
 Source: Liu et al., 2025, arXiv:2503.06923, written from the paper.
 
     D_0 = r_c,   D_i = (D_(i-1) at c - D_(i-1) at c') / (c - c'),   c' the computed step before c
-    compute step n   if reused in a row >= interval - 1
+    compute step n   if reused in a row >= interval - 1   (or: if n is on the list)
     reuse            y_n = x_n + sum over i <= order of D_i (n - c)^i / i!
 
 What we changed: the paper expands the output of every attention and every feed-forward layer, which
 takes as many tensors as there are layers; here the residual of the whole stack is expanded, which
-takes order + 1. Orders that too few steps were computed for are left out.
+takes order + 1. Orders that too few steps were computed for are left out. A list of steps, which
+`schedule` finds, can take the place of the interval.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vcompress.compress.cache.policies.base import Policy, State
+from vcompress.compress.cache.policies.base import Policy, State, is_listed
 
 __all__ = ["TaylorSeer"]
 
@@ -30,16 +31,20 @@ class TaylorSeer(Policy):
     Attributes:
         interval: at least 1.
         order: highest power; 0 keeps the residual as it is.
+        compute_steps: the computed steps, in place of `interval`.
     """
 
     interval: int
     order: int
+    compute_steps: tuple[int, ...] | None = None
 
     def _wish(
         self, state: State, value: torch.Tensor | None, step: torch.Tensor
     ) -> tuple[torch.Tensor, State]:
-        del value, step
-        return state["skips"] >= self.interval - 1, state
+        del value
+        if self.compute_steps is None:
+            return state["skips"] >= self.interval - 1, state
+        return is_listed(self.compute_steps, step), state
 
     def blank(self, before: torch.Tensor, after: torch.Tensor) -> State:
         """Differences of no order; `count` of computed steps and `at`, the last of them."""
