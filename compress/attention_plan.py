@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from vcompress.calib.calls import Samples
-from vcompress.compress.attention_products import AttentionProducts, attend_plainly
+from vcompress.compress.attention_errors import OutputErrors, output_errors, with_block_errors
+from vcompress.compress.attention_products import attend_plainly
 from vcompress.compress.attention_sites import (
     AttentionCall,
     attention_applied,
@@ -28,12 +29,11 @@ from vcompress.compress.attention_sites import (
     operands_of,
     sdpa_form,
 )
-from vcompress.compress.block_error import recorded_inputs
 from vcompress.compress.context import PlanContext
 from vcompress.compress.latency_table import ModelTimes, find_operations
 from vcompress.compress.losses import loss_of
 from vcompress.models.calls import Batch
-from vcompress.models.video import VideoModel, primary_output
+from vcompress.models.video import VideoModel
 from vcompress.spec.attention_section import PRODUCT_BITS, AttentionChoice
 from vcompress.spec.errors import InputError
 from vcompress.spec.formats import FLOAT
@@ -141,7 +141,7 @@ def decide_attention(
         for name, seen in ranges.items()
         if name in calls and _is_finite(seen)
     }
-    errors = _output_errors(model, candidates, context.clips)
+    errors = output_errors(model, candidates, context.clips)
     best = {
         name: [min(of_format, key=lambda one: _order(errors[name, one]))
                for of_format in _by_format(choices)]
@@ -149,7 +149,7 @@ def decide_attention(
         if any((name, choice) in errors for choice in choices)
     }  # fmt: skip
     with context.stage("attention in its block", len(best)) as advance:
-        scored = _block_errors(model, best, context.clips, advance)
+        scored = with_block_errors(model, best, context.clips, advance)
 
     def lines_with(preferred: str | None) -> dict[str, AttentionChoice]:
         return {
@@ -188,64 +188,6 @@ def _order(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-_Errors = Mapping[tuple[str, AttentionChoice], float]
-
-
-def _output_errors(
-    model: VideoModel, candidates: Mapping[str, Sequence[AttentionChoice]], clips: Batch
-) -> dict[tuple[str, AttentionChoice], float]:
-    """Relative L2 error of each attention's output in each form; of those that `clips` reach."""
-    forms = {
-        name: [(choice, AttentionProducts(choice)) for choice in choices]
-        for name, choices in candidates.items()
-    }
-    sums: dict[tuple[str, AttentionChoice], list[float]] = {}
-
-    def compare(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        exact = attend_plainly(*args, **kwargs)
-        for choice, products in forms.get(name, ()):
-            error = products.to(exact.device)(*args, **kwargs).double() - exact.double()
-            pair = sums.setdefault((name, choice), [0.0, 0.0])
-            pair[0] += float(error.square().sum())
-            pair[1] += float(exact.double().square().sum())
-        return exact
-
-    with sdpa_form(model.module), intercepted(model.module, compare):
-        model(clips)
-    return {
-        key: math.sqrt(error / size) if size > 0 else math.sqrt(error)
-        for key, (error, size) in sums.items()
-    }
-
-
-@torch.inference_mode()
-def _block_errors(
-    model: VideoModel, choices: Mapping[str, Sequence[AttentionChoice]], clips: Batch,
-    advance: Callable[[int], None],
-) -> dict[str, list[AttentionChoice]]:  # fmt: skip
-    """`choices` with the error of the enclosing block's output as their score."""
-    scopes = {name: _scope(model, name) for name in choices}
-    with sdpa_form(model.module):
-        calls = recorded_inputs(model, set(scopes.values()), clips)
-        exact = {
-            scope: primary_output(model.layer(scope)(*call.arguments, **call.keywords)).float()
-            for scope, call in calls.items()
-        }
-    scored: dict[str, list[AttentionChoice]] = {}
-    for name, each in choices.items():
-        scope = scopes[name]
-        call = calls[scope]
-        for choice in each:
-            with attention_applied(model.module, {name: choice}):
-                output = model.layer(scope)(*call.arguments, **call.keywords)
-            error = torch.linalg.vector_norm(primary_output(output).float() - exact[scope])
-            size = torch.linalg.vector_norm(exact[scope])
-            score = float(error / size) if size > 0 else float(error)
-            scored.setdefault(name, []).append(replace(choice, score=score))
-        advance(1)
-    return scored
-
-
 def _loss(model: VideoModel, clips: Batch, lines: Mapping[str, AttentionChoice]) -> float:
     """Mean loss of the task on `clips` with all of `lines`; infinite where it is not finite."""
     reference = model(clips)
@@ -253,15 +195,8 @@ def _loss(model: VideoModel, clips: Batch, lines: Mapping[str, AttentionChoice])
         return _order(float(loss_of(model.task).values(reference, model(clips)).mean()))
 
 
-def _scope(model: VideoModel, name: str) -> str:
-    """The block that encloses the attention, or the attention itself."""
-    if name in model.blocks:
-        return name
-    return model.block_of(name) or name
-
-
 def _line(
-    name: str, choices: Sequence[AttentionChoice], ranges: Ranges | None, errors: _Errors,
+    name: str, choices: Sequence[AttentionChoice], ranges: Ranges | None, errors: OutputErrors,
     context: PlanContext, preferred: str | None,
 ) -> AttentionChoice:  # fmt: skip
     """The line of one attention, with its reason; in the `preferred` format if it can bear it."""

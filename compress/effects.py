@@ -25,12 +25,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from vcompress.compress.clip_layout import Layout, by_clip, inner_products, layout_of
 from vcompress.compress.losses import TaskLoss
 from vcompress.models.calls import Batch, run_module
 from vcompress.models.video import VideoModel, primary_output
 
-__all__ = ["Effects", "predict_effects"]
+__all__ = ["Candidates", "Effects", "predict_effects"]
 
+# Layer -> format -> the frozen layer.
 Candidates = Mapping[str, Mapping[str, nn.Module]]
 
 
@@ -93,7 +95,7 @@ def predict_effects(
     }
     seen: set[str] = set()
     reached: set[str] = set()
-    layouts: list[_Layout | None] | None = None
+    layouts: list[Layout | None] | None = None
     for number, clips in enumerate(batches):
         scale = None if weights is None else weights[number].sqrt()
         calls, gradients = _feel(model, candidates, clips, loss, num_probes, scale, generator)
@@ -110,15 +112,15 @@ def predict_effects(
                 output, layout = calls.outputs[index], layouts[index]
                 rows = torch.stack(
                     [
-                        _by_clip(torch.zeros_like(output) if each is None else each,
+                        by_clip(torch.zeros_like(output) if each is None else each,
                                  len(clips), layout)
                         for each in by_probe
                     ],
                     dim=1,
                 )  # fmt: skip
                 for format_name, frozen in candidates[name].items():
-                    change = _by_clip(frozen(calls.inputs[index]) - output, len(clips), layout)
-                    step = _inner(rows, change, len(clips))
+                    change = by_clip(frozen(calls.inputs[index]) - output, len(clips), layout)
+                    step = inner_products(rows, change, len(clips))
                     key = name, format_name
                     sums[key] = sums[key] + step if key in sums else step
         for layer, formats in moves.items():
@@ -181,7 +183,7 @@ def _run(model: VideoModel, candidates: Candidates, clips: Batch) -> tuple[_Call
 @torch.inference_mode()
 def _layouts(
     model: VideoModel, candidates: Candidates, clips: Batch, calls: _Calls
-) -> list[_Layout | None]:
+) -> list[Layout | None]:
     """Where the clips are in the output of each of `calls`, by running the first clip alone."""
     names: list[str] = []
     outputs: list[torch.Tensor] = []
@@ -199,7 +201,7 @@ def _layouts(
         run_module(model.module, clips[:1].to(device))
     if names != calls.names:
         return [None] * len(calls.names)
-    return [_layout(*pair, len(clips)) for pair in zip(calls.outputs, outputs, strict=True)]
+    return [layout_of(*pair, len(clips)) for pair in zip(calls.outputs, outputs, strict=True)]
 
 
 def _recorder(name: str, calls: _Calls) -> Callable[..., torch.Tensor]:
@@ -245,63 +247,3 @@ def _gradients(
         )
     )
     return tuple(next(found) if tensor.requires_grad else None for tensor in inner)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where the clips are in a layer's output.
-
-    Attributes:
-        axis: along which there are more values the more clips there are.
-        interleaved: the first values of all clips come first; otherwise all of the first clip.
-    """
-
-    axis: int
-    interleaved: bool
-
-
-def _layout(output: torch.Tensor, alone: torch.Tensor | None, num_clips: int) -> _Layout | None:
-    """Where the clips are in `output`, of which `alone` is what the first gives alone.
-
-    A layer may see frames or windows as its batch, or have the tokens first. None where the clips
-    cannot be told apart.
-    """
-    if num_clips == 1:
-        return _Layout(0, interleaved=False)
-    if alone is None or alone.ndim != output.ndim:
-        return None
-    axes = [axis for axis in range(output.ndim) if output.shape[axis] != alone.shape[axis]]
-    if len(axes) != 1 or output.shape[axes[0]] != num_clips * alone.shape[axes[0]]:
-        return None
-    rows, first = output.detach().movedim(axes[0], 0), alone.movedim(axes[0], 0)
-    tolerance = 1e-3 * float(first.abs().max()) if first.numel() else 0.0
-    for interleaved, part in ((False, rows[: len(first)]), (True, rows[::num_clips])):
-        if torch.allclose(part, first, rtol=0, atol=tolerance):
-            return _Layout(axes[0], interleaved)
-    return None
-
-
-def _by_clip(tensor: torch.Tensor, num_clips: int, layout: _Layout | None) -> torch.Tensor:
-    """`tensor` as float32 `[num_clips, -1]`; `[1, -1]` where clips cannot be told apart."""
-    if layout is None:
-        return tensor.float().reshape(1, -1)
-    rows = tensor.float().movedim(layout.axis, 0)
-    if layout.interleaved:
-        rows = rows.reshape(-1, num_clips, *rows.shape[1:]).transpose(0, 1)
-    return rows.reshape(num_clips, -1)
-
-
-def _inner(rows: torch.Tensor, change: torch.Tensor, num_clips: int) -> torch.Tensor:
-    """Inner products of `rows` `[C, P, M]` with `change` `[C, M]`: float64 `[P, num_clips]`.
-
-    Where clips cannot be told apart, C is 1, the whole sum goes to the first clip: probes of
-    different clips are independent, so that the square of the sum has the right mean.
-    """
-    # In this order MKL is ten times as fast as in the other.
-    products = torch.bmm(change.unsqueeze(1), rows.transpose(1, 2)).squeeze(1)
-    products = products.t().double().cpu()
-    if products.shape[1] == num_clips:
-        return products
-    result = torch.zeros(len(products), num_clips, dtype=torch.float64)
-    result[:, :1] = products
-    return result

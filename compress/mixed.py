@@ -10,20 +10,13 @@ import torch
 
 from vcompress.compress.attention_sites import exact_attention, products_of
 from vcompress.compress.calibration import extra_bits
+from vcompress.compress.choice_loss import Comparison, comparison_of, outputs_of_choice
 from vcompress.compress.context import PlanContext
+from vcompress.compress.effects import Candidates
 from vcompress.compress.latency_table import LatencyTable, ModelTimes, find_operations
 from vcompress.compress.losses import TaskLoss
-from vcompress.compress.precision_search import (
-    Candidates,
-    Comparison,
-    Found,
-    PrecisionSearch,
-    Sensitivities,
-    comparison_of,
-    freeze_candidates,
-    outputs_of_choice,
-    predict_sensitivities,
-)
+from vcompress.compress.precision_search import Found, PrecisionSearch
+from vcompress.compress.sensitivities import Sensitivities, freeze_candidates, predict_sensitivities
 from vcompress.models.video import VideoModel
 from vcompress.spec.budget import Budget
 from vcompress.spec.errors import InputError

@@ -1,10 +1,10 @@
 """Find the mixed-precision plan with the least loss under a budget.
 
-Effects of all layers in all formats are predicted (`effects`), and the formats are chosen exactly
-for the losses as if they added up (`allocate`). Then the loss of the whole choice is measured on
-calibration clips. Where it is not what the layers add up to, there is a second round: the choice is
-corrected for predicted interactions (`refine`), and of the two the one with the smaller measured
-loss is taken. Layers from which no gradient leads to the output are measured instead of predicted.
+Effects of all layers in all formats are predicted (`sensitivities`), and the formats are chosen
+exactly for the losses as if they added up (`allocate`). Then the loss of the whole choice is
+measured on calibration clips. Where it is not what the layers add up to, there is a second round:
+the choice is corrected for predicted interactions (`refine`), and of the two the one with the
+smaller measured loss is taken.
 
 Why not always a second round, or a search by measured losses: on a trained classifier the sum
 ranks plans better than both do. Rounding an input that was rounded before is a new rounding, so
@@ -15,177 +15,29 @@ differ by less than their noise over the clips (docs/precision.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
-from vcompress.calib.calls import Samples
 from vcompress.compress.allocate import Choice, Group, Option, allocate, refine
-from vcompress.compress.block_error import replaced_all
-from vcompress.compress.brute_force import measure_losses, reference_outputs
-from vcompress.compress.clip_choice import BATCH_SIZE, ChosenClips, batches_of, choose_clips
-from vcompress.compress.effects import Effects, predict_effects
-from vcompress.compress.frozen import freeze
-from vcompress.compress.losses import LossName, TaskLoss, loss_of
-from vcompress.models.calls import Batch
+from vcompress.compress.choice_loss import Comparison, measure_choice
+from vcompress.compress.effects import Candidates
+from vcompress.compress.sensitivities import Sensitivities
 from vcompress.models.structure import find_shared_inputs
 from vcompress.models.video import VideoModel
 from vcompress.spec.formats import FLOAT, FORMATS
 
-__all__ = [
-    "NUM_PROBES", "Candidates", "Comparison", "Found", "PrecisionSearch", "Sensitivities",
-    "comparison_of", "freeze_candidates", "measure_choice", "outputs_of_choice",
-    "predict_sensitivities",
-]  # fmt: skip
+__all__ = ["Found", "PrecisionSearch"]
 
-Candidates = Mapping[str, Mapping[str, nn.Module]]
-
-# The first probe of KL takes most of its curvature; see `losses`.
-NUM_PROBES: Mapping[LossName, int] = {"kl_nats": 2, "squared_relative_error": 4}
 # A choice may lose so many times more or less than the sum of its layers; a few clips do not tell
 # it more exactly.
 _ADDS_UP = 3.0
-# Correlations between layers are estimated from a few hundred samples; half of what is seen is
+# Correlations between layers are estimated from a few dozen samples; half of what is seen is
 # believed, so that the search does not feed on their noise.
 _BELIEF = 0.5
-
-
-def freeze_candidates(
-    model: VideoModel, formats: Sequence[str], input_amax: Mapping[str, float]
-) -> dict[str, dict[str, nn.Module]]:
-    """Every layer that the clips reached, frozen into each of `formats` that it can take."""
-    return {
-        name: {
-            format_name: freeze(model.layer(name), format_name, input_amax[name], name=name)
-            for format_name in formats
-            if format_name != FLOAT and facts.objection(format_name) is None
-        }
-        for name, facts in model.layers.items()
-        if name in input_amax
-    }
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Sensitivities:
-    """What each layer costs in each format.
-
-    Attributes:
-        loss: in which the costs are.
-        effects: predicted, with their correlations.
-        measured: layer -> format -> loss, where nothing could be predicted.
-        num_clips, num_probes: that the prediction rests on.
-    """
-
-    loss: TaskLoss
-    effects: Effects
-    measured: Mapping[str, Mapping[str, float]]
-    num_clips: int
-    num_probes: int
-
-    def of(self, layer: str, format_name: str) -> float | None:
-        """Loss with `layer` alone in the format; None where it is not known."""
-        if format_name == FLOAT:
-            return 0.0
-        if layer in self.measured:
-            return self.measured[layer].get(format_name)
-        if format_name not in self.effects.moves.get(layer, {}):
-            return None
-        return self.effects.loss(layer, format_name)
-
-
-@torch.no_grad()
-def predict_sensitivities(
-    model: VideoModel, candidates: Candidates, clips: Samples, *, num_clips: int,
-    num_probes: int | None = None, outputs: torch.Tensor | None = None, seed: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> Sensitivities:  # fmt: skip
-    """Predict all losses from `num_clips` of `clips`.
-
-    Args:
-        num_probes: by default as many as `NUM_PROBES` has for the loss.
-        outputs: of `model` for all `clips`, if they are known: they tell which clips matter.
-    """
-    loss = loss_of(model.task)
-    num_probes = NUM_PROBES[loss.name] if num_probes is None else num_probes
-    chosen = choose_clips(clips, num_clips, loss, outputs, seed)
-    effects = predict_effects(
-        model, candidates, iter(chosen.batches), loss, num_probes=num_probes, seed=seed,
-        weights=chosen.weights, on_batch=on_batch,
-    )  # fmt: skip
-    blind = {name: candidates[name] for name in effects.unreached}
-    measured: dict[str, dict[str, float]] = {}
-    if blind:
-        batches = batches_of(clips, num_clips)
-        measured = measure_losses(model, blind, batches, reference_outputs(model, batches), loss)
-    return Sensitivities(
-        loss=loss, effects=effects, measured=measured, num_clips=len(chosen),
-        num_probes=num_probes,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Comparison:
-    """Clips on which whole choices are measured.
-
-    Attributes:
-        clips: with their weights.
-        references: outputs of the model, by batch.
-        loss: that is measured.
-    """
-
-    clips: ChosenClips
-    references: list[torch.Tensor]
-    loss: TaskLoss
-
-    @property
-    def batches(self) -> list[Batch]:
-        """Of clips or calls."""
-        return self.clips.batches
-
-    def loss_of(self, outputs: Sequence[torch.Tensor]) -> float:
-        """Mean loss of `outputs`, by batch."""
-        values = [
-            self.loss.values(reference, output) * weights
-            for reference, output, weights in zip(
-                self.references, outputs, self.clips.weights, strict=True
-            )
-        ]
-        return float(torch.cat(values).double().mean())
-
-
-def comparison_of(
-    model: VideoModel, clips: Samples, num_clips: int, *, outputs: torch.Tensor | None = None,
-    seed: int = 0,
-) -> Comparison:  # fmt: skip
-    """`num_clips` of `clips`; where clips are drawn, not those of a prediction with this seed."""
-    loss = loss_of(model.task)
-    chosen = choose_clips(clips, num_clips, loss, outputs, seed + 1)
-    if outputs is None:
-        references = reference_outputs(model, chosen.batches)
-    else:
-        references = list(torch.split(outputs[chosen.indices], BATCH_SIZE))
-    return Comparison(clips=chosen, references=references, loss=loss)
-
-
-def outputs_of_choice(
-    model: VideoModel, candidates: Candidates, formats: Mapping[str, str],
-    batches: Sequence[Batch],
-) -> list[torch.Tensor]:  # fmt: skip
-    """The output for each batch with all layers of `formats` in their format at once."""
-    frozen = {name: candidates[name][each] for name, each in formats.items() if each != FLOAT}
-    with replaced_all(model.module, frozen):
-        return reference_outputs(model, batches)
-
-
-def measure_choice(
-    model: VideoModel, candidates: Candidates, formats: Mapping[str, str], comparison: Comparison
-) -> float:
-    """Mean loss with all layers of `formats` in their format at once."""
-    return comparison.loss_of(outputs_of_choice(model, candidates, formats, comparison.batches))
 
 
 class PrecisionSearch:

@@ -37,8 +37,10 @@ class Device:
     bytes_per_second: float
 
 
-# NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A. Float is TF32, four-bit weights with
-# float inputs are computed in it too.
+# NVIDIA, "NVIDIA RTX Blackwell GPU Architecture" (whitepaper, 2025), appendix A, GeForce RTX 5090.
+# What is advertised, 3352 TOPS for FP4, is with sparsity and twice as much; FP8 with an accumulator
+# of 16 bits runs twice as fast as with 32 bits, which is what is meant here. Float is TF32, and
+# weights of four bits with float inputs are computed in it too.
 RTX_5090 = Device(
     name="NVIDIA GeForce RTX 5090 (SM120)",
     operations_per_second={

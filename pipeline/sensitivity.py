@@ -15,11 +15,8 @@ from vcompress.compress.agreement import Agreement, compare_sensitivities
 from vcompress.compress.brute_force import measure_losses, reference_outputs
 from vcompress.compress.clip_choice import batches_of
 from vcompress.compress.mixed import NUM_PREDICTION_CLIPS
-from vcompress.compress.precision_search import (
-    PrecisionSearch,
-    freeze_candidates,
-    predict_sensitivities,
-)
+from vcompress.compress.precision_search import PrecisionSearch
+from vcompress.compress.sensitivities import freeze_candidates, predict_sensitivities
 from vcompress.models.load import LoadOptions
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.order import open_model_and_clips

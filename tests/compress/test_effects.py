@@ -14,13 +14,9 @@ from vcompress.calib.clips import Clips
 from vcompress.calib.observe import observe
 from vcompress.compress.brute_force import measure_losses, reference_outputs
 from vcompress.compress.clip_choice import batches_of
-from vcompress.compress.effects import predict_effects
+from vcompress.compress.effects import Candidates, predict_effects
 from vcompress.compress.losses import loss_of
-from vcompress.compress.precision_search import (
-    Candidates,
-    freeze_candidates,
-    predict_sensitivities,
-)
+from vcompress.compress.sensitivities import freeze_candidates, predict_sensitivities
 from vcompress.models.video import VideoModel
 
 FORMATS = ("nvfp4", "mxfp8", "fp8", "int8")

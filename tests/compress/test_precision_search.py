@@ -10,16 +10,12 @@ import torch
 from torch import nn
 
 from vcompress.calib.clips import Clips
+from vcompress.compress.choice_loss import comparison_of, measure_choice
 from vcompress.compress.clip_choice import batches_of
 from vcompress.compress.context import PlanContext
 from vcompress.compress.mixed import find_formats
-from vcompress.compress.precision_search import (
-    PrecisionSearch,
-    comparison_of,
-    freeze_candidates,
-    measure_choice,
-    predict_sensitivities,
-)
+from vcompress.compress.precision_search import PrecisionSearch
+from vcompress.compress.sensitivities import freeze_candidates, predict_sensitivities
 from vcompress.models.video import VideoModel
 from vcompress.spec.budget import Budget
 from vcompress.spec.errors import InputError
