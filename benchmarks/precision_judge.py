@@ -40,15 +40,20 @@ class Judge:
             },
         }
 
-    def judge(self, candidate: VideoModel) -> dict[str, float | None]:
+    def judge(self, candidate: VideoModel) -> dict[str, Any]:
         """Loss, SQNR of the output in dB and task metric; None for what is not finite."""
+        return self.judge_clips(candidate)[0]
+
+    def judge_clips(self, candidate: VideoModel) -> tuple[dict[str, Any], torch.Tensor]:
+        """The same, and the loss of each clip, float64 `[N]`."""
         output = self._outputs(candidate)
         broken = not bool(output.isfinite().all())
+        losses = self._loss.values(self._reference, output).double()
         return {
-            "loss": finite(float(self._loss.values(self._reference, output).double().mean())),
+            "loss": finite(float(losses.mean())),
             "sqnr_db": None if broken else finite(sqnr_db(self._reference, output)),
             "metric": finite(self._metric(output)[1]),
-        }
+        }, losses
 
     def _outputs(self, model: VideoModel) -> torch.Tensor:
         return torch.cat([model(batch) for batch in self._batches])

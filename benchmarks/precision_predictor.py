@@ -8,8 +8,7 @@ from typing import Any
 
 from vcompress.benchmarks.precision_judge import finite, warm_up
 from vcompress.benchmarks.zoo import BenchModel
-from vcompress.compress.losses import loss_of
-from vcompress.compress.precision_search import NUM_PROBES
+from vcompress.compress.sensitivities import NUM_PROBES
 from vcompress.pipeline.run import Silent
 from vcompress.pipeline.sensitivity import measure_sensitivity
 
@@ -34,7 +33,7 @@ def measure(bench: BenchModel, *, seed: int) -> dict[str, Any]:
     return {
         "loss": found.loss,
         "num_clips": {**found.num_clips, "brute_force": found.num_clips["calibration"]},
-        "num_probes": NUM_PROBES[loss_of(bench.model.task).name],
+        "num_probes": NUM_PROBES,
         "agreement": _rounded(asdict(found.agreement)),
         "seconds": seconds,
         "predict_percent_of_brute_force": finite(100 * seconds["predict"] / seconds["brute_force"]),

@@ -24,7 +24,7 @@ What it does, read in `modelopt/torch/quantization/algorithms.py` of version 0.4
   layer is searched like any other. A disabled layer still costs 16 bits a weight, unless its name
   is in `cost.excluded_module_name_patterns`.
 - Groups that share a format go by name: `q_proj`/`k_proj`/`v_proj`, `gate_proj`/`up_proj`, experts.
-  `query`/`key`/`value` (VideoMAE, our DINOv2) are not grouped.
+  `query`/`key`/`value` (VideoMAE, our DINOv2) are not grouped, unless `groups` says so here.
 - NVFP4 of Conv3d runs a CUDA kernel only. NVFP4 elsewhere has a simulation for GPUs only, which our
   backend replaces (`register_quant_backend`).
 
@@ -40,6 +40,8 @@ minimises. For "kl_div" an output y without classes becomes pairs of logits (u, 
 u = (y - y0) / rms(y0), y0 being the uncompressed output: their KL, log cosh u, is the squared
 relative error, up to a constant and terms of higher order. modelopt computes it in float32, so that
 errors below 1e-4 drown in rounding.
+
+Seconds are those of the processor, all threads together: other work on the machine counts less.
 
 A model that overwrites what its backward pass needs (TransNetV2: `x += shortcut` behind a ReLU)
 ends modelopt's "gradient" with a RuntimeError; such a model is run here under torch's
@@ -67,18 +69,17 @@ from vcompress.benchmarks.peers.modelopt_setup import (
     Steps,
     format_of_bits,
     format_of_recipe,
+    grouped,
     modelopt,
     quiet,
     search_spaces,
 )
 from vcompress.calib.clips import Clips
-from vcompress.calib.stats import Stats
 from vcompress.models.video import VideoModel, primary_output
 from vcompress.spec.errors import InputError
 from vcompress.spec.formats import FLOAT
-from vcompress.spec.plan import LayerChoice
 
-__all__ = ["DEFAULT_CALIB_STEPS", "DEFAULT_SCORE_STEPS", "PeerPlan", "search", "to_plan"]
+__all__ = ["DEFAULT_CALIB_STEPS", "DEFAULT_SCORE_STEPS", "PeerPlan", "search"]
 
 DEFAULT_CALIB_STEPS = 512
 DEFAULT_SCORE_STEPS = 128
@@ -92,7 +93,7 @@ class PeerPlan:
         formats: layer -> format or "keep", for every layer of the model.
         effective_bits_their_count: weights only, 16 for kept ones; see the module.
         satisfied: whether the choice meets the bound; its bisection ("kl_div") may miss it.
-        seconds: calibration, scores and solution of this bound; the further bounds of one
+        seconds: of calibration, scores and solution of this bound; the further bounds of one
             `search` reuse calibration and scores, as modelopt itself does.
         scores: layer -> format -> score, after modelopt made them monotone.
     """
@@ -109,6 +110,7 @@ def search(
     formats: tuple[str, ...] = ("nvfp4", "int8", "fp8"), method: Method = "gradient",
     num_calib_steps: int = DEFAULT_CALIB_STEPS, num_score_steps: int = DEFAULT_SCORE_STEPS,
     batch_size: int = 1, loss: Loss | None = None, seed: int = 0,
+    groups: Sequence[tuple[str, ...]] = (),
 ) -> list[PeerPlan]:  # fmt: skip
     """Run `auto_quantize` once on a copy of `model`; one plan for each bound.
 
@@ -123,6 +125,7 @@ def search(
         loss: of "gradient"; by default "labels" where a classifier's clips have them, else
             "probe".
         seed: of the probes.
+        groups: layers that share a format, besides those that modelopt finds by name.
 
     Raises:
         InputError: a bound that no choice of these formats can meet.
@@ -147,8 +150,8 @@ def search(
     loader = Loader(model, clips, batch_size, max(num_calib_steps, num_score_steps))
     none = [glob.escape(name) for name, own in spaces.items() if own == (FLOAT,)]
     needs_copies = method == "gradient" and _works_in_place(model, next(iter(loader)).clips[:1])
-    start = time.perf_counter()
-    with quiet(), contextlib.ExitStack() as stack:
+    start = time.process_time()
+    with quiet(), grouped(groups), contextlib.ExitStack() as stack:
         if method == "gradient":
             stack.enter_context(torch.enable_grad())
         if needs_copies:
@@ -169,30 +172,15 @@ def search(
             method=method,
             **search_spaces(spaces, formats),
         )
-    shared = time.perf_counter() - start
+    shared = time.process_time() - start
     plans = [_plan(model, state, bounds[0], None, shared)]
     for bound in bounds[1:]:
-        start = time.perf_counter()
+        start = time.process_time()
         with quiet():
             config = quantization.get_auto_quantize_config(state, {"effective_bits": bound})
-        seconds = shared + time.perf_counter() - start
+        seconds = shared + time.process_time() - start
         plans.append(_plan(model, state, bound, config, seconds))
     return plans
-
-
-def to_plan(model: VideoModel, peer: PeerPlan, stats: Stats) -> dict[str, LayerChoice]:
-    """The peer's formats as choices that vcompress applies, so that its numerics judge both.
-
-    A layer that `stats` did not see is kept.
-    """
-    return {
-        name: LayerChoice(
-            format=peer.formats[name] if name in stats.input_amax else FLOAT,
-            reason="chosen by modelopt auto_quantize",
-            input_amax=stats.input_amax.get(name),
-        )
-        for name in model.layers
-    }
 
 
 def _works_in_place(model: VideoModel, clips: torch.Tensor) -> bool:

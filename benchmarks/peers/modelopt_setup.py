@@ -11,7 +11,7 @@ import fnmatch
 import glob
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from vcompress.spec.formats import FLOAT
 
 __all__ = [
     "BITS", "QUANTIZERS", "Loader", "Loss", "Method", "Steps", "format_of_bits",
-    "format_of_recipe", "modelopt", "quiet", "search_spaces",
+    "format_of_recipe", "grouped", "modelopt", "quiet", "search_spaces",
 ]  # fmt: skip
 
 Method = Literal["gradient", "kl_div"]
@@ -143,6 +143,27 @@ def quiet() -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def grouped(groups: Sequence[tuple[str, ...]]) -> Iterator[None]:
+    """Let modelopt's searches give the layers of each group one format."""
+    from modelopt.torch.quantization import algorithms
+
+    owner = {name: group[0] for group in groups for name in group}
+
+    def rule(_model: torch.nn.Module, name: str) -> str | None:
+        return owner.get(name)
+
+    searchers = (algorithms.AutoQuantizeGradientSearcher, algorithms.AutoQuantizeKLDivSearcher)
+    known = [searcher.quant_grouping_rules for searcher in searchers]
+    for searcher, rules in zip(searchers, known, strict=True):
+        searcher.quant_grouping_rules = [rule, *rules]
+    try:
+        yield
+    finally:
+        for searcher, rules in zip(searchers, known, strict=True):
+            searcher.quant_grouping_rules = rules
 
 
 def _config(format_name: str) -> dict[str, Any]:
