@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vcompress.export.deployed import open_deployed as load
     from vcompress.models.load import LoadOptions, load_model, wrap_module
     from vcompress.models.recording import record_calls
     from vcompress.pipeline import Options, Outcome, apply, apply_plan, make_plan, quantize
@@ -29,7 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Artifact", "CompressionPlan", "LoadOptions", "Options", "Outcome", "apply", "apply_plan",
-    "compressed", "find_tokens", "load_model", "make_plan", "quantize", "record_calls",
+    "compressed", "find_tokens", "load", "load_model", "make_plan", "quantize", "record_calls",
     "sensitivity", "stream", "validate_artifact", "wrap_module",
 ]  # fmt: skip
 
@@ -43,6 +44,7 @@ _HOMES = {
     "apply_plan": "vcompress.pipeline:apply_plan",
     "compressed": "vcompress.pipeline.compressed:compressed",
     "find_tokens": "vcompress.pipeline.tokens:find_tokens",
+    "load": "vcompress.export.deployed:open_deployed",
     "load_model": "vcompress.models.load:load_model",
     "make_plan": "vcompress.pipeline:make_plan",
     "quantize": "vcompress.pipeline:quantize",

@@ -33,7 +33,7 @@ for _command in (
     make.quantize, make.plan, make.apply, make.demo,
     search.sensitivity, search.tokens, search.latency,
     look.inspect, look.validate, look.doctor,
-    run.stream,
+    run.stream, run.run,
 ):  # fmt: skip
     cli.add_command(_command)
 

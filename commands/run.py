@@ -1,15 +1,17 @@
-"""Commands that run a model on videos."""
+"""Commands that run a model or an artifact on videos."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from vcompress.commands.options import common, load_options, model_options
 from vcompress.spec.defaults import MIN_AGREEMENT, NUM_CHECKS
+from vcompress.spec.errors import InputError
 
-__all__ = ["stream"]
+__all__ = ["run", "stream"]
 
 
 @click.command()
@@ -66,3 +68,68 @@ def stream(model: str, video: str, as_json: bool, quiet: bool, **values: Any) ->
     console = Console(as_json=as_json, quiet=quiet)
     load = load_options(values)
     print_stream(stream(model, video, load=load, progress=console, **values), as_json=as_json)
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("videos", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--runtime",
+    default="onnxruntime",
+    show_default=True,
+    metavar="NAME",
+    help="What runs it; an unknown name lists all.",
+)
+@click.option(
+    "--provider",
+    metavar="NAME",
+    help="Execution provider or device, in the runtime's words. It must really be used. "
+    "Default: the CPU.",
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(1),
+    metavar="FRAMES",
+    help="Answer over a sliding window, so many frames further each time. Default: one answer a "
+    "video.",
+)
+@click.option(
+    "--batch", default=1, show_default=True, type=click.IntRange(1), help="Clips in one run."
+)
+@click.option(
+    "--top", default=1, show_default=True, type=click.IntRange(1, 5), help="Classes that are shown."
+)
+@click.option(
+    "--arrays", type=click.Path(path_type=Path), metavar="NPZ", help="Write all outputs there."
+)
+@click.option("--check", is_flag=True, help="First run the golden clips; stop where they differ.")
+@click.option("--threads", type=click.IntRange(1), help="On the CPU. Default: all cores.")
+@common
+def run(
+    artifact: Path, videos: tuple[Path, ...], runtime: str, provider: str | None,
+    stride: int | None, batch: int, top: int, arrays: Path | None, check: bool,
+    threads: int | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Answers of ARTIFACT on VIDEOS. Needs no torch: NumPy, PyAV and a runtime.
+
+    One line an answer, with --json one object a line.
+    """
+    from vcompress.export.deployed import open_deployed
+    from vcompress.terminal.deployed import AnswerPrinter, save_arrays
+
+    deployed = open_deployed(artifact, runtime=runtime, provider=provider, threads=threads)
+    printer = AnswerPrinter(deployed, as_json=as_json, quiet=quiet, num_top=top)
+    printer.start(deployed.check() if check else None)
+    if stride is None:
+        answers = deployed.answers(videos, batch=batch, skipped=printer.skip)
+    else:
+        answers = deployed.windows(videos, stride=stride, batch=batch, skipped=printer.skip)
+    done = printer.answers(answers)
+    if arrays is not None:
+        save_arrays(done, arrays)
+    if printer.skipped:
+        message = (
+            f"{len(printer.skipped)} of {len(videos)} videos could not be used to their end: "
+            f"{', '.join(printer.skipped)}; see the warnings"
+        )
+        raise InputError(message)
