@@ -14,7 +14,7 @@ import sys
 import click
 
 import vcompress
-from vcompress.commands import look, make, run, search
+from vcompress.commands import export, look, make, run, search
 from vcompress.spec.errors import VcompressError
 
 __all__ = ["main"]
@@ -33,7 +33,7 @@ for _command in (
     make.quantize, make.plan, make.apply, make.demo,
     search.sensitivity, search.tokens, search.latency,
     look.inspect, look.validate, look.doctor,
-    run.stream, run.run,
+    run.stream, run.run, export.export,
 ):  # fmt: skip
     cli.add_command(_command)
 

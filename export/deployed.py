@@ -59,6 +59,9 @@ class Session(Protocol):
     def run_named(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name, for all inputs by name."""
 
+    def kernels(self) -> dict[str, int]:
+        """What the runtime really executes, counted."""
+
 
 def _onnxruntime(artifact: Artifact, provider: str | None, threads: int | None) -> Session:
     from vcompress.export.runtime import open_session
@@ -69,8 +72,17 @@ def _onnxruntime(artifact: Artifact, provider: str | None, threads: int | None) 
     )
 
 
+def _openvino(artifact: Artifact, provider: str | None, threads: int | None) -> Session:
+    from vcompress.export.openvino_runtime import open_openvino
+
+    # An artifact without a file of its own for OpenVINO has one that any runtime takes.
+    path = artifact.file("openvino-onnx") or _file(artifact, "onnx")
+    return open_openvino(path, device=provider or "CPU", threads=threads)
+
+
 _OPENERS: Mapping[str, Callable[[Artifact, str | None, int | None], Session]] = {
     "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
 }
 RUNTIMES = tuple(_OPENERS)
 
@@ -153,7 +165,7 @@ def open_deployed(
         BuildError: the runtime does not take the model, or fell back to another provider.
     """
     if runtime not in _OPENERS:
-        message = f"unknown runtime {runtime!r}; choose one of: {', '.join(RUNTIMES)}"
+        message = f"unknown runtime {runtime!r} to run in; choose one of: {', '.join(RUNTIMES)}"
         raise InputError(message)
     started = time.perf_counter()
     artifact = Artifact.open(Path(path))

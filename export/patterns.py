@@ -22,6 +22,7 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorP
 _CODES: dict[int, str] = {TensorProto.INT8: "int8", TensorProto.FLOAT8E4M3FN: "fp8"}
 _CENTRE_OF_UINT8 = 128
 _NVFP4_BLOCK = 16
+_SMALLEST_E4M3 = 2.0**-9
 _MX_BLOCK = 32
 _INT4_GROUPS = (32, 64, 128)
 _PAIR_TABLE_SHAPE = [256, 2]
@@ -224,16 +225,27 @@ class PrecisionGraph:
             is_token = quantize is not None and quantize.input[0] == quotient.output[0]
             return f"{self._quantized_format(dequantize)}_token" if is_token else UNKNOWN
         product = self._producer(elements, "Mul")
-        is_e2m1 = product is not None and self._producer(product.input[0], "Round") is not None
-        is_e4m3 = TensorProto.FLOAT8E4M3FN in self._casts(elements)
+        is_e4m3 = self._is_e4m3(elements)
+        is_rounded = product is not None and self._producer(product.input[0], "Round") is not None
+        is_e2m1 = is_rounded and not is_e4m3
         blocks = self._block_size(quotient.input[0])
         if self._is_power_of_two(scale) and blocks == _MX_BLOCK and is_e2m1 != is_e4m3:
             return "mxfp4" if is_e2m1 else "mxfp8"
         product = self._producer(scale, "Mul")
-        has_e4m3_scale = product is not None and (
-            TensorProto.FLOAT8E4M3FN in self._casts(product.input[0])
-        )
+        has_e4m3_scale = product is not None and self._is_e4m3(product.input[0])
         return "nvfp4" if is_e2m1 and has_e4m3_scale and blocks == _NVFP4_BLOCK else UNKNOWN
+
+    def _is_e4m3(self, value: str) -> bool:
+        """Whether `value` was rounded to E4M3: by a Cast, or to steps of at least 2^-9."""
+        if TensorProto.FLOAT8E4M3FN in self._casts(value):
+            return True
+        product = self._producer(value, "Mul")
+        rounded = None if product is None else self._producer(product.input[0], "Round")
+        step = None if product is None else self._producer(product.input[1], "Max")
+        least = None if step is None else self.stored.get(step.input[1])
+        if rounded is None or least is None or least.data_location == TensorProto.EXTERNAL:
+            return False
+        return float(onnx.numpy_helper.to_array(least)) == _SMALLEST_E4M3
 
     def _casts(self, value: str) -> list[int]:
         """The types through which `value` was cast, one after another."""

@@ -1,0 +1,283 @@
+"""More from an artifact that is there: files for other runtimes, and other inputs.
+
+Nothing is decided anew and no model is needed: all is made from the artifact's own graphs, read
+back, and run on the golden clips where this machine can run it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from vcompress.calib.preprocess import to_frames, to_model_input
+from vcompress.export import engine as engines
+from vcompress.export.deployed import open_deployed
+from vcompress.export.dialects.openvino import for_openvino
+from vcompress.export.fold_input import fold_input, folded_clip
+from vcompress.export.manifest import GOLDEN_INPUTS
+from vcompress.export.publish import staged_directory, write_manifest
+from vcompress.export.readback import read_precision
+from vcompress.spec.artifact import Artifact
+from vcompress.spec.clip import ClipSpec, Layout
+from vcompress.spec.errors import BuildError, InputError, MissingCapabilityError
+
+__all__ = ["RUNTIMES", "Extension", "export_runtime", "export_with_input", "require_formats"]
+
+RUNTIMES = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
+OPENVINO_FILE = "model.openvino.onnx"
+GRAPH_ROLES = ("onnx", "tensorrt-onnx", "openvino-onnx")
+# The first GPUs with tensor cores for a format: Ada, and Blackwell.
+_LEAST_SM = {
+    "fp8": 89, "fp8_channel": 89, "nvfp4": 100, "mxfp8": 100, "mxfp4": 100,
+}  # fmt: skip
+_NAMES = {"nvfp4": "FP4", "mxfp4": "FP4", "mxfp8": "MXFP8", "fp8": "FP8", "fp8_channel": "FP8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extension:
+    """What was made, and what is known of it.
+
+    Attributes:
+        path: the artifact.
+        file: name of the file for the runtime.
+        written: whether it is new.
+        runtime: as it was asked for.
+        kernels: operators that the runtime really executes, where it runs here.
+        golden_relative_l2: of the golden clips, where it runs here.
+        formats: number of layers by format, read back from the file.
+        facts: what the builder of an engine says.
+    """
+
+    path: Path
+    file: str
+    written: bool
+    runtime: str
+    kernels: Mapping[str, int]
+    golden_relative_l2: float | None
+    formats: Mapping[str, int]
+    facts: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "artifact": str(self.path), "file": self.file, "written": self.written,
+            "runtime": self.runtime, "kernels": dict(self.kernels),
+            "golden_relative_l2": self.golden_relative_l2, "formats": dict(self.formats),
+            "facts": dict(self.facts),
+        }  # fmt: skip
+
+
+def export_runtime(path: Path, runtime: str, *, sm: str = "120") -> Extension:
+    """Add to an artifact what `runtime` takes, unless it is there, and prove it.
+
+    Args:
+        path: the artifact; replaced as a whole by one with one file more.
+        runtime: one of `RUNTIMES`.
+        sm: compute capability of the GPU that an engine is for.
+
+    Raises:
+        InputError: no artifact, or an unknown runtime.
+        MissingCapabilityError: a package is missing, or the GPU has no units for a format.
+        BuildError: the runtime does not take the graph, or computes something else.
+    """
+    if runtime not in RUNTIMES:
+        message = f"unknown runtime {runtime!r}; choose one of: {', '.join(RUNTIMES)}"
+        raise InputError(message)
+    artifact = Artifact.open(path, verify_hashes=True)
+    if runtime in ("tensorrt-rtx", "tensorrt"):
+        return _engine(artifact, runtime, sm)
+    written = False
+    if runtime == "openvino" and artifact.file("openvino-onnx") is None:
+        artifact, written = _with_openvino(artifact), True
+    role = "onnx" if runtime == "onnxruntime" else "openvino-onnx"
+    file = graph_file(artifact, role)
+    deployed = open_deployed(path, runtime=runtime)
+    return Extension(
+        path=path, file=file.name, written=written, runtime=runtime,
+        kernels=deployed.session.kernels(), golden_relative_l2=deployed.check(),
+        formats=Counter(read_precision(file).formats.values()), facts={},
+    )  # fmt: skip
+
+
+def require_formats(graph: Path, sm: str) -> None:
+    """Raise unless GPUs of compute capability `sm` have units for the formats of the file.
+
+    Raises:
+        MissingCapabilityError: they have not; the message offers formats that they have.
+    """
+    counts = Counter(read_precision(graph).formats.values())
+    missing = [name for name in counts if int(sm) < _LEAST_SM.get(name, 0)]
+    if not missing:
+        return
+    needs = max(_LEAST_SM[name] for name in missing)
+    what = " and ".join(dict.fromkeys(_NAMES[name] for name in missing))
+    layers = ", ".join(f"{counts[name]} {name}" for name in missing)
+    eight = "--target fp8, --target int8" if int(sm) >= _LEAST_SM["fp8"] else "--target int8"
+    message = (
+        f"SM {sm} has no {what} units, which came with SM {needs}, and this artifact has layers in "
+        f"{layers}; make it again with {eight}, or with --target int4 (W4A16: four-bit weights, "
+        "inputs stay float)"
+    )
+    raise MissingCapabilityError(message)
+
+
+def _engine(artifact: Artifact, runtime: str, sm: str) -> Extension:
+    source = graph_file(artifact, "tensorrt-onnx")
+    require_formats(source, sm)
+    name = f"model.sm{sm}.engine" if runtime == "tensorrt-rtx" else f"model.trt.sm{sm}.engine"
+    with tempfile.TemporaryDirectory(prefix="vcompress-") as folder:
+        made = Path(folder) / name
+        facts = engines.build_engine(source, made, runtime=runtime, sm=sm)
+        library = "TensorRT-RTX" if runtime == "tensorrt-rtx" else "TensorRT"
+        about = {"runtime": library, "version": facts.version, "sm": sm}
+        _add(artifact, made, "engine", about)
+    return Extension(
+        path=artifact.path, file=name, written=True, runtime=runtime, kernels={},
+        golden_relative_l2=None, formats=Counter(read_precision(source).formats.values()),
+        facts=facts.as_dict(),
+    )  # fmt: skip
+
+
+def _with_openvino(artifact: Artifact) -> Artifact:
+    source = graph_file(artifact, "tensorrt-onnx")
+    with tempfile.TemporaryDirectory(prefix="vcompress-") as folder:
+        made = Path(folder) / OPENVINO_FILE
+        # Large weights stay where they are: the new file names the same one.
+        model = for_openvino(onnx.load(source, load_external_data=False))
+        onnx.save(model, made)
+        planned, found = (read_precision(each).formats for each in (source, made))
+        if planned != found:
+            wrong = [name for name in planned if found.get(name) != planned[name]]
+            message = f"{made.name} does not hold what {source.name} holds: {', '.join(wrong[:5])}"
+            raise BuildError(message)
+        (opset,) = (each.version for each in model.opset_import if each.domain == "")
+        _add(artifact, made, "openvino-onnx", {"opset": opset, "dialect": "openvino"})
+    return Artifact.open(artifact.path)
+
+
+def _add(artifact: Artifact, file: Path, role: str, about: Mapping[str, Any]) -> None:
+    """Publish the artifact anew, with one file more or replaced."""
+    with staged_directory(artifact.path, force=True) as staging:
+        roles, abouts = _copied(artifact, staging, without=(file.name,))
+        shutil.copyfile(file, staging / file.name)
+        manifest = {key: value for key, value in artifact.manifest.items() if key != "files"}
+        write_manifest(
+            staging, manifest, roles={**roles, file.name: role}, about={**abouts, file.name: about}
+        )
+
+
+def _copied(
+    artifact: Artifact, target: Path, *, without: tuple[str, ...] = ()
+) -> tuple[dict[str, str], dict[str, Mapping[str, Any]]]:
+    """Copy the files of an artifact; their roles, and what is known about them."""
+    roles, abouts = {}, {}
+    for entry in artifact.manifest["files"]:
+        name = entry["path"]
+        if name in without:
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifact.path / name, target / name)
+        roles[name] = entry["role"]
+        if "about" in entry:
+            abouts[name] = entry["about"]
+    return roles, abouts
+
+
+def graph_file(artifact: Artifact, role: str) -> Path:
+    """The graph with this role; an `InputError` where there is none."""
+    path = artifact.file(role)
+    if path is None:
+        message = f"{artifact.path} has no file with the role {role}; make the artifact again"
+        raise InputError(message)
+    return path
+
+
+def export_with_input(
+    path: Path, output: Path, *, dtype: str, layout: Layout | None = None, force: bool = False
+) -> Extension:
+    """Write the artifact anew as one that takes other inputs.
+
+    Args:
+        path: an artifact.
+        output: the new one. Engines are not in it, since they have the old input.
+        dtype: "uint8" moves the normalisation into the graph; "float32" leaves it out.
+        layout: order of the axes; None for the one that it is.
+        force: replace an artifact that is already at `output`.
+
+    Raises:
+        InputError: no artifact of clips, or one that takes bytes already.
+        BuildError: the golden clips do not go with the normalisation, or the new graph computes
+            something else.
+    """
+    artifact = Artifact.open(path, verify_hashes=True)
+    if artifact.manifest["clip"] is None:
+        message = f"{path} is a model of calls, not of videos: it has no preprocessing"
+        raise InputError(message)
+    old = ClipSpec.from_dict(artifact.manifest["clip"])
+    new = folded_clip(old, dtype=dtype, layout=layout or old.layout)
+    engine_files = tuple(
+        entry["path"] for entry in artifact.manifest["files"] if entry["role"] == "engine"
+    )
+    with staged_directory(output, force=force) as staging:
+        roles, abouts = _copied(artifact, staging, without=engine_files)
+        for name, role in roles.items():
+            if role in GRAPH_ROLES:
+                model = onnx.load(staging / name, load_external_data=False)
+                fold_input(model, old, dtype=dtype, layout=new.layout)
+                _describe(model, new)
+                onnx.save(model, staging / name)
+        _golden(staging, artifact.manifest["golden"]["file"], old, new)
+        manifest = {key: value for key, value in artifact.manifest.items() if key != "files"}
+        write_manifest(staging, _changed(manifest, old, new), roles=roles, about=abouts)
+        error = open_deployed(staging).check()
+    return Extension(
+        path=output, file="model.onnx", written=True, runtime="onnxruntime", kernels={},
+        golden_relative_l2=error, formats={}, facts={"clip": new.as_dict()},
+    )  # fmt: skip
+
+
+def _changed(manifest: dict[str, Any], old: ClipSpec, new: ClipSpec) -> dict[str, Any]:
+    (described,) = manifest["inputs"]
+    sizes = dict(zip(old.layout, described["shape"], strict=True))
+    shape = [sizes[axis] for axis in new.layout]
+    changed = {**described, "dtype": new.dtype, "layout": new.layout, "shape": shape}
+    return {**manifest, "inputs": [changed], "clip": new.as_dict()}
+
+
+def _describe(model: onnx.ModelProto, clip: ClipSpec) -> None:
+    """Put the new clip into the metadata, for a runtime that has this file alone."""
+    from vcompress.spec import strict_json
+
+    for entry in model.metadata_props:
+        if entry.key == "vcompress":
+            facts = strict_json.parse(entry.value, "metadata_props")
+            entry.value = strict_json.dump({**facts, "clip": clip.as_dict()})
+
+
+def _golden(folder: Path, name: str, old: ClipSpec, new: ClipSpec) -> None:
+    """The golden clips as the new input takes them; the outputs stay what they were."""
+    with np.load(folder / name, allow_pickle=False) as arrays:
+        inputs, outputs = arrays[GOLDEN_INPUTS], arrays["outputs"]
+    if new.dtype == "uint8":
+        frames = [to_frames(clip, old) for clip in inputs]
+        again = np.stack([to_model_input(clip, old) for clip in frames])
+        if not np.allclose(again, inputs, rtol=1e-4, atol=1e-5):
+            message = (
+                "the golden clips are not what pixels become by the manifest's rescale, mean and "
+                "std, so one of them is wrong; make the artifact again from videos, with the "
+                "model's own --mean and --std"
+            )
+            raise BuildError(message)
+        inputs = np.stack([to_model_input(clip, new) for clip in frames])
+    else:
+        order = [old.layout.index(axis) for axis in new.layout]
+        inputs = np.ascontiguousarray(inputs.transpose(order))
+    np.savez_compressed(folder / name, **{GOLDEN_INPUTS: inputs, "outputs": outputs})
