@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vcompress.compress.kernels.execute import execute
     from vcompress.export.deployed import open_deployed as load
     from vcompress.models.load import LoadOptions, load_model, wrap_module
     from vcompress.models.recording import record_calls
@@ -30,8 +31,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Artifact", "CompressionPlan", "LoadOptions", "Options", "Outcome", "apply", "apply_plan",
-    "compressed", "find_tokens", "load", "load_model", "make_plan", "quantize", "record_calls",
-    "sensitivity", "stream", "validate_artifact", "wrap_module",
+    "compressed", "execute", "find_tokens", "load", "load_model", "make_plan", "quantize",
+    "record_calls", "sensitivity", "stream", "validate_artifact", "wrap_module",
 ]  # fmt: skip
 
 _HOMES = {
@@ -43,6 +44,7 @@ _HOMES = {
     "apply": "vcompress.pipeline:apply",
     "apply_plan": "vcompress.pipeline:apply_plan",
     "compressed": "vcompress.pipeline.compressed:compressed",
+    "execute": "vcompress.compress.kernels.execute:execute",
     "find_tokens": "vcompress.pipeline.tokens:find_tokens",
     "load": "vcompress.export.deployed:open_deployed",
     "load_model": "vcompress.models.load:load_model",

@@ -3,7 +3,8 @@
     pipe.transformer = vcompress.compressed("out/")
 
 The module is of the class that the pipeline knows, built from the configuration in the artifact,
-with layers that hold packed weights. Its formats are simulated: they save memory, not time.
+with layers that hold packed weights. Its formats are simulated, which saves memory, not time; with
+`execute=True` they run on the kernels of `compress.kernels`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vcompress.compress.kernels import execute as kernels
 from vcompress.compress.passes import PASSES, QuantizePass
 from vcompress.compress.restore import restore_module
 from vcompress.models.empty import empty_module
@@ -28,15 +30,21 @@ from vcompress.spec.plan import LayerFacts
 __all__ = ["compressed"]
 
 
-def compressed(path: Path | str, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """The planned module of the artifact at `path`, in evaluation mode, on the CPU.
+def compressed(
+    path: Path | str, *, dtype: torch.dtype | None = None, execute: bool = False,
+    device: torch.device | str = "cpu",
+) -> nn.Module:  # fmt: skip
+    """The planned module of the artifact at `path`, in evaluation mode.
 
     Args:
         dtype: what is computed in; by default that of the original weights.
+        execute: run packed weights on real kernels instead of simulating them, see
+            `compress.kernels.execute`, which says for every layer what runs.
+        device: where the module goes.
 
     Raises:
         InputError: no artifact, one of another kind of model, or files that were changed.
-        MissingCapabilityError: diffusers is not installed.
+        MissingCapabilityError: diffusers is not installed, or `device` cannot execute.
     """
     artifact = Artifact.open(Path(path))
     weights, config = _verified(artifact, "weights"), _verified(artifact, "config")
@@ -69,7 +77,11 @@ def compressed(path: Path | str, *, dtype: torch.dtype | None = None) -> nn.Modu
             step.apply(model, plan, tensors)
     if dtype is not None and dtype != stored:
         _cast(module, dtype)
-    return module.eval().requires_grad_(False)
+    module.eval().requires_grad_(False)
+    if execute:
+        kernels.execute(module, device=device)
+        return module
+    return module.to(device)
 
 
 def _facts(module: nn.Module, name: str) -> LayerFacts:

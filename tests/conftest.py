@@ -12,6 +12,10 @@ import vcompress
 # the name of the checkout's folder. Under that name it must find the module that is there already.
 sys.modules.setdefault(Path(__file__).resolve().parents[1].name, vcompress)
 
+if not Path("/dev/nvidiactl").exists():
+    # Read by Triton when it is imported: kernels run on a CPU, to be compared.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _processes = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
 if _processes is not None:
     # Read by torch when it is imported, and by every process that a test starts.

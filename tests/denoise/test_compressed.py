@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import nn
 
+import vcompress
 from vcompress.calib.calls import load_calls
 from vcompress.cli import cli
 from vcompress.compress.frozen import FrozenLayer
@@ -199,3 +200,21 @@ def test_quantize_from_the_command(zoo: Any, tmp_path: Path) -> None:
     assert all(bool(output.isfinite().all()) for output in outputs)
     shown = CliRunner().invoke(cli, ["inspect", str(model)])
     assert "hidden_states, timestep, encoder_hidden_states" in shown.output
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "int8"])
+def test_an_executed_module_is_the_planned_one(zoo: Any, format: str, tmp_path: Path) -> None:
+    model = zoo.load(WAN)
+    planned = artifact_of(model, zoo.calls(WAN), format, tmp_path / "out")
+    executed = compressed(tmp_path / "out", execute=True)
+    arguments = zoo.arguments(WAN, 5, 600.0)
+    with torch.inference_mode():
+        output, expected, unquantized = (
+            each(**arguments, return_dict=False)[0]
+            for each in (executed, planned.module, model.module)
+        )
+    # Sums in another order move a few values to the next code.
+    assert (output - expected).norm() < 0.05 * (expected - unquantized).norm()
+    kernels = {each.kernel.partition(",")[0] for each in vcompress.execute(executed)}
+    inputs = "int8" if format == "int8" else "nvfp4 in bfloat16"
+    assert f"{format} x {inputs}" in kernels
