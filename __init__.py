@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vcompress.models.load import LoadOptions, load_model, wrap_module
     from vcompress.models.recording import record_calls
     from vcompress.pipeline import Options, Outcome, apply, apply_plan, make_plan, quantize
+    from vcompress.pipeline.cache import cached, find_cache
     from vcompress.pipeline.compressed import compressed
     from vcompress.pipeline.revalidate import validate as validate_artifact
     from vcompress.pipeline.sensitivity import sensitivity
@@ -31,8 +32,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Artifact", "CompressionPlan", "LoadOptions", "Options", "Outcome", "apply", "apply_plan",
-    "compressed", "execute", "find_tokens", "load", "load_model", "make_plan", "quantize",
-    "record_calls", "sensitivity", "stream", "validate_artifact", "wrap_module",
+    "cached", "compressed", "execute", "find_cache", "find_tokens", "load", "load_model",
+    "make_plan", "quantize", "record_calls", "sensitivity", "stream", "validate_artifact",
+    "wrap_module",
 ]  # fmt: skip
 
 _HOMES = {
@@ -43,8 +45,10 @@ _HOMES = {
     "Outcome": "vcompress.pipeline:Outcome",
     "apply": "vcompress.pipeline:apply",
     "apply_plan": "vcompress.pipeline:apply_plan",
+    "cached": "vcompress.pipeline.cache:cached",
     "compressed": "vcompress.pipeline.compressed:compressed",
     "execute": "vcompress.compress.kernels.execute:execute",
+    "find_cache": "vcompress.pipeline.cache:find_cache",
     "find_tokens": "vcompress.pipeline.tokens:find_tokens",
     "load": "vcompress.export.deployed:open_deployed",
     "load_model": "vcompress.models.load:load_model",

@@ -14,7 +14,7 @@ import sys
 import click
 
 import vcompress
-from vcompress.commands import export, look, make, run, search
+from vcompress.commands import cache, export, look, make, run, search
 from vcompress.spec.errors import VcompressError
 
 __all__ = ["main"]
@@ -31,7 +31,7 @@ def cli() -> None:
 
 for _command in (
     make.quantize, make.plan, make.apply, make.demo,
-    search.sensitivity, search.tokens, search.latency,
+    search.sensitivity, search.tokens, search.latency, cache.cache,
     look.inspect, look.validate, look.doctor,
     run.stream, run.run, export.export,
 ):  # fmt: skip

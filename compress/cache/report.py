@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,26 @@ class CacheReport:
     def skip_rate(self) -> float:
         """Share of all block calls that were skipped."""
         return float(self.hits.sum() / max(1, self.calls.sum()))
+
+    @classmethod
+    def together(cls, reports: Sequence[CacheReport]) -> CacheReport:
+        """Counts of runs of one policy on one model, added up."""
+        first = reports[0]
+        return cls(
+            policy=first.policy,
+            blocks=first.blocks,
+            calls=np.sum([each.calls for each in reports], axis=0),
+            consulted=np.sum([each.consulted for each in reports], axis=0),
+            hits=np.sum([each.hits for each in reports], axis=0),
+            branch_hits={
+                branch: np.sum([each.branch_hits[branch] for each in reports], axis=0)
+                for branch in first.branch_hits
+            },
+            changes=reports[-1].changes,
+            num_generations=sum(each.num_generations for each in reports),
+            state_bytes=max(each.state_bytes for each in reports),
+            notes=tuple(dict.fromkeys(note for each in reports for note in each.notes)),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a report file."""

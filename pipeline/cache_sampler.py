@@ -1,0 +1,216 @@
+"""A diffusers pipeline as a function from a prompt and a seed to a clip."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vcompress.spec.errors import InputError, MissingCapabilityError
+from vcompress.validate.frames import Frames
+
+__all__ = ["Case", "Sampler", "make_cases", "open_sampler", "read_prompts"]
+
+_REFERENCE = "reference:"
+_DENOISERS = ("transformer", "transformer_2")
+# Schedulers of models that were distilled to a few steps.
+_FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+
+Prompt = str | dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one clip is generated from."""
+
+    prompt: Prompt
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.prompt if isinstance(self.prompt, str) else 'embeddings'} (seed {self.seed})"
+
+
+class Sampler:
+    """Generates clips with a pipeline.
+
+    Attributes:
+        name: of the pipeline.
+        pipe: the diffusers pipeline.
+        num_steps: denoising steps of a run.
+    """
+
+    def __init__(
+        self, pipe: Any, *, name: str, num_steps: int | None = None, reference: bool = False,
+        call: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Wrap `pipe`; `call` goes to every call of it, `reference` is for ours."""
+        self.name, self.pipe, self._is_reference = name, pipe, reference
+        self._call = dict(call or {})
+        self._signature = inspect.signature(pipe.__call__)
+        self.num_steps = num_steps or self._default_steps()
+        if not self.denoisers:
+            message = (
+                f"{name}: {type(pipe).__name__} has no {' or '.join(_DENOISERS)}; caching is for "
+                "diffusion transformers"
+            )
+            raise InputError(message)
+        pipe.set_progress_bar_config(disable=True)
+
+    @property
+    def denoisers(self) -> list[nn.Module]:
+        """Those that take turns in one run."""
+        found = (getattr(self.pipe, name, None) for name in _DENOISERS)
+        return [module for module in found if isinstance(module, nn.Module)]
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the scheduler is one of few-step models."""
+        return type(self.pipe.scheduler).__name__ in _FEW_STEP_SCHEDULERS
+
+    @torch.no_grad()
+    def sample(self, case: Case) -> Frames:
+        """The clip `[T, H, W, C]` of `case`, values in 0..1; latents where there is no decoder."""
+        if self._is_reference:
+            from vcompress.models.reference.diffusion_sampler import generate
+
+            assert isinstance(case.prompt, str)
+            clips = generate(self.pipe, [case.prompt], seed=case.seed, num_steps=self.num_steps)
+            return clips[0][..., None].astype(np.float32) / 255
+        decodes = getattr(self.pipe, "vae", None) is not None
+        given: dict[str, Any] = {
+            "num_inference_steps": self.num_steps,
+            "generator": torch.Generator().manual_seed(case.seed),
+            "output_type": "pt" if decodes else "latent",
+            **(case.prompt if isinstance(case.prompt, dict) else {"prompt": case.prompt}),
+            **self._call,
+        }
+        unknown = sorted(given.keys() - self._signature.parameters.keys())
+        if unknown:
+            message = (
+                f"{type(self.pipe).__name__} takes no {', '.join(unknown)}; caches are searched on "
+                "pipelines from a prompt to frames"
+            )
+            raise InputError(message)
+        output = self.pipe(**given)
+        frames = output.frames if hasattr(output, "frames") else output.images
+        clip = torch.as_tensor(frames)[0].float()
+        if decodes:
+            return np.ascontiguousarray(clip.movedim(-3, -1).numpy()).clip(0, 1)
+        # Latents [C, T, H, W] of about unit size; -4..4 is their range.
+        return np.ascontiguousarray(((clip.movedim(0, -1) + 4) / 8).clamp(0, 1).numpy())
+
+    def _default_steps(self) -> int:
+        if self._is_reference:
+            from vcompress.models.reference.diffusion_sampler import NUM_STEPS
+
+            return NUM_STEPS
+        parameter = self._signature.parameters.get("num_inference_steps")
+        if parameter is None or not isinstance(parameter.default, int):
+            message = (
+                f"{type(self.pipe).__name__} does not say how many steps it takes; add --steps"
+            )
+            raise InputError(message)
+        return parameter.default
+
+
+def open_sampler(
+    source: str, *, num_steps: int | None = None, size: tuple[int, int, int] | None = None
+) -> Sampler:
+    """The pipeline in the folder `source`, or "reference:bouncing-garments".
+
+    Args:
+        source: where.
+        num_steps: if not what the pipeline does by itself.
+        size: frames, height and width, if not what the pipeline does by itself.
+
+    Raises:
+        InputError: no such pipeline.
+        MissingCapabilityError: diffusers is not installed.
+    """
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        message = "pipelines need diffusers: pip install 'vcompress-ai[diffusion]'"
+        raise MissingCapabilityError(message) from error
+    if source.startswith(_REFERENCE):
+        from vcompress.models.reference.diffusion_sampler import reference_pipeline
+
+        name = source.removeprefix(_REFERENCE)
+        return Sampler(reference_pipeline(name), name=name, num_steps=num_steps, reference=True)
+    folder = Path(source)
+    if (folder / "bouncing_garments.json").is_file():
+        from vcompress.models.reference.diffusion_sampler import load_pipeline
+
+        return Sampler(
+            load_pipeline(folder), name="bouncing-garments", num_steps=num_steps, reference=True
+        )
+    if not (folder / "model_index.json").is_file():
+        message = (
+            f"{source} is no folder of a diffusers pipeline (it has no model_index.json); save one "
+            "with pipe.save_pretrained"
+        )
+        raise InputError(message)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    call = {} if size is None else dict(zip(("num_frames", "height", "width"), size, strict=True))
+    return Sampler(pipe, name=folder.resolve().name, num_steps=num_steps, call=call)
+
+
+def read_prompts(path: Path | None, sampler: Sampler) -> list[Prompt]:
+    """One a line of a text file, or the rows of `prompt_embeds` in a .pt file.
+
+    The reference pipeline has prompts of its own, if `path` is None.
+
+    Raises:
+        InputError: there are none.
+    """
+    if path is None:
+        if sampler.name == "bouncing-garments":
+            from vcompress.models.reference.bouncing_garments import DIRECTIONS, GARMENTS, SPEEDS
+
+            return [
+                f"{garment}, {DIRECTIONS[3 * index % 8]}, {SPEEDS[index % 2]}"
+                for index, garment in enumerate(GARMENTS)
+            ]
+        message = "prompts are needed: add --prompts with a text file, one prompt a line"
+        raise InputError(message)
+    if not path.is_file():
+        message = f"{path}: no such file of prompts"
+        raise InputError(message)
+    prompts: list[Prompt]
+    if path.suffix == ".pt":
+        stored = torch.load(path, weights_only=True)
+        if not isinstance(stored, dict) or "prompt_embeds" not in stored:
+            message = f"{path} must hold a dict with prompt_embeds [prompts, tokens, width]"
+            raise InputError(message)
+        count = len(stored["prompt_embeds"])
+        prompts = [
+            {name: rows[index : index + 1] for name, rows in stored.items()}
+            for index in range(count)
+        ]
+    else:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        message = f"{path} has no prompts; write one a line"
+        raise InputError(message)
+    return prompts
+
+
+def make_cases(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Case], list[Case]]:
+    """`count` cases to calibrate on and `count` others.
+
+    Others have other seeds always, and other prompts where there are two or more.
+    """
+    own = prompts[::2] if len(prompts) > 1 else prompts
+    others = prompts[1::2] if len(prompts) > 1 else prompts
+    calibration = [Case(own[index % len(own)], seed + index) for index in range(count)]
+    held_out = [Case(others[index % len(others)], seed + 1000 + index) for index in range(count)]
+    return calibration, held_out

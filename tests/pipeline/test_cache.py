@@ -1,0 +1,131 @@
+"""A cache found for a pipeline, written as a plan, and taken over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vcompress.benchmarks.denoiser_zoo import build
+from vcompress.compress.cache import CacheSection, Trajectory
+from vcompress.compress.cache.ladder import ladders, schedule
+from vcompress.pipeline.cache import cached, find_cache
+from vcompress.pipeline.cache_sampler import Case, Sampler, make_cases, read_prompts
+from vcompress.pipeline.cache_search import Bar, Search, run_section
+from vcompress.pipeline.run import Silent
+from vcompress.spec.errors import InputError
+from vcompress.spec.plan import CompressionPlan
+from vcompress.validate.frames import psnr_db, ssim
+
+SIZE = {"num_frames": 5, "height": 32, "width": 32, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def sampler() -> Sampler:
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    pipe: Any = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler,
+        transformer=build("WanTransformer3DModel"),
+    )  # fmt: skip
+    return Sampler(pipe, name="tiny", num_steps=12, call=SIZE)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.pt"
+    generator = torch.Generator().manual_seed(0)
+    torch.save(
+        {
+            name: torch.randn(2, 4, 32, generator=generator)
+            for name in ("prompt_embeds", "negative_prompt_embeds")
+        },
+        path,
+    )
+    return path
+
+
+def test_a_target_is_found_held_out_and_written(
+    sampler: Sampler, prompts: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "cache.json"
+    found = find_cache(sampler, plan, prompts=prompts, min_psnr=30, num_clips=1)
+    assert found.section is not None
+    assert found.held_out is not None
+    assert found.calibration is not None
+    assert min(found.calibration.psnr_db) >= 30
+    assert found.held_out.report.hits.any()
+    assert CompressionPlan.load(plan).cache == found.section
+    page = plan.with_suffix(".html").read_text()
+    assert page.count("data:image/webp") == 1
+    assert page.count("data:image/png") == 2
+    # What was found is what a pipeline of the user does.
+    case = found.cases[0]
+    with cached(sampler.pipe, plan) as handle:
+        clip = sampler.sample(case)
+    np.testing.assert_array_equal(clip, found.held_out.clips[0])
+    assert handle.report().skip_rate == pytest.approx(found.held_out.report.skip_rate)
+    np.testing.assert_array_equal(sampler.sample(case), found.full[0])
+
+
+def test_few_steps_are_not_cached(sampler: Sampler, prompts: Path, tmp_path: Path) -> None:
+    few = Sampler(sampler.pipe, name="few", num_steps=4, call=SIZE)
+    found = find_cache(few, tmp_path / "cache.json", prompts=prompts, min_psnr=30)
+    assert found.section is None
+    assert "cannot pay" in found.reason
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bar_that_nothing_holds_caches_nothing(sampler: Sampler, prompts: Path) -> None:
+    case = Case(read_prompts(prompts, sampler)[0], 0)
+    search = Search(sampler, [case], Silent())
+    (family,) = [one for one in search.ladders() if one.name == "fixed, power 1"]
+    (found,) = search.run(Bar("psnr_db", 101.0), [family])
+    assert found.best is None
+
+
+def test_computing_everything_is_exact(sampler: Sampler, prompts: Path) -> None:
+    case = Case(read_prompts(prompts, sampler)[0], 0)
+    full = sampler.sample(case)
+    exact = CacheSection(policy="fixed", interval=1)
+    trial = run_section(sampler, exact, [case], [full])
+    assert trial.psnr_db == (100.0,)
+    assert trial.report.skip_rate == 0
+
+
+def test_held_out_clips_share_nothing_with_calibration() -> None:
+    own, others = make_cases(["a", "b", "c"], 3, 7)
+    assert {case.prompt for case in own} & {case.prompt for case in others} == set()
+    assert {case.seed for case in own} & {case.seed for case in others} == set()
+    own, others = make_cases(["a"], 2, 0)
+    assert set(own) & set(others) == set()
+
+
+@pytest.mark.parametrize("bars", [{}, {"min_psnr": 30.0, "min_ssim": 0.9}])
+def test_one_target_is_needed(bars: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="one quality target"):
+        find_cache("nowhere", **bars)  # type: ignore[arg-type]
+
+
+def test_ladders_rise_in_one_setting_only() -> None:
+    steps = {step: 0.1 + 0.01 * step for step in range(1, 12)}
+    observed = [Trajectory("", "cond", 1, dict(steps), dict(steps), dict.fromkeys(steps, 1.0))]
+    for ladder in ladders(12, observed):
+        first = ladder.rungs[0].as_dict()
+        for rung in ladder.rungs[1:]:
+            changed = {name for name, value in rung.as_dict().items() if value != first[name]}
+            assert changed <= {"threshold", "interval", "compute_steps"}
+    assert schedule(10, 5, 1.0, 3) == (0, 1, 2, 3, 6, 9)
+
+
+def test_quality_by_hand() -> None:
+    clip = np.zeros((1, 4, 4, 1), np.float32)
+    assert psnr_db(clip, clip + 0.1) == pytest.approx(20.0, abs=1e-4)
+    assert psnr_db(clip, clip) == 100.0
+    assert ssim(clip, clip) == pytest.approx(1.0)
+    # Of flat pictures only the luminance term is left.
+    assert ssim(clip, clip + 0.1) == pytest.approx(0.0001 / (0.01 + 0.0001), rel=1e-4)
