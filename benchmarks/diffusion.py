@@ -29,6 +29,7 @@ from vcompress.pipeline.cache_report import hit_map, side_by_side, strip
 from vcompress.pipeline.cache_sampler import Case, Sampler, make_cases, open_sampler, read_prompts
 from vcompress.pipeline.cache_search import Bar, Search
 from vcompress.pipeline.run import Silent
+from vcompress.spec.cache_section import SETTINGS
 from vcompress.validate.frames import psnr_db, ssim
 
 BAR = Bar("psnr_db", 30.0)
@@ -51,10 +52,16 @@ class Results:
 
 
 def ours(
-    sampler: Sampler, search: Search, cases: list[Case], results: Results, *, wide: bool
+    sampler: Sampler,
+    search: Search,
+    cases: list[Case],
+    results: Results,
+    policies: list[str],
+    *,
+    wide: bool,
 ) -> None:
     """The best rung of every family on the held-out cases; with `wide` a faster one too."""
-    families = search.ladders()
+    families = [one for one in search.ladders() if one.rungs[0].policy in policies]
     trials = {}
     for family in families:
         (found,) = search.run(BAR, [family])
@@ -217,6 +224,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/diffusion"))
     parser.add_argument("--clips", type=int, default=3, help="to calibrate on, and others to judge")
     parser.add_argument("--wide", action="store_true", help="a second, faster point of each policy")
+    parser.add_argument("--policies", type=lambda text: text.split(","), default=list(SETTINGS))
+    parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--peers-only", action="store_true")
     parser.add_argument("--peers-path", help="a folder with cache-dit, installed with --target")
     arguments = parser.parse_args()
@@ -238,8 +247,9 @@ def main() -> None:
         if section.policy == CacheSection(policy="magcache").policy
     )
     if not arguments.peers_only:
-        ours(sampler, search, held_out, results, wide=arguments.wide)
-    theirs(sampler, held_out, results, magnitudes or ())
+        ours(sampler, search, held_out, results, arguments.policies, wide=arguments.wide)
+    if not arguments.no_peers:
+        theirs(sampler, held_out, results, magnitudes or ())
     plot(results.lines, arguments.output.with_suffix(".png"))
 
 

@@ -184,6 +184,21 @@ plan_options = _with_options(
         "an estimate for an NVIDIA RTX 5090. Default: measured here in ONNX Runtime.",
     ),
     click.option(
+        "--cache",
+        metavar="PLAN|auto",
+        help="For a denoiser: what is used again from step to step. A plan of vcompress cache, or "
+        "a search in its pipeline with the quantized layers; needs --min-psnr.",
+    ),
+    click.option(
+        "--min-psnr", type=float, metavar="DB", help="Of --cache auto: PSNR of generated clips."
+    ),
+    click.option(
+        "--prompts",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Of --cache auto: one a line, or a .pt file with prompt_embeds.",
+    ),
+    click.option(
         "--max-layer-error",
         default=MAX_LAYER_ERROR,
         show_default=True,

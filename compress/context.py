@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from vcompress.calib.calls import Samples
 from vcompress.calib.stats import Stats
@@ -12,13 +15,17 @@ from vcompress.compress.latency_table import LatencyTable
 from vcompress.models.calls import Batch
 from vcompress.models.video import VideoModel
 from vcompress.spec.budget import Budget
+from vcompress.spec.cache_section import CacheSection
 from vcompress.spec.defaults import ATTENTION
 from vcompress.spec.target import Target
 from vcompress.spec.token_section import TokenSection
 
-__all__ = ["PlanContext", "Stage", "TokenRequest"]
+__all__ = ["CacheRequest", "PlanContext", "Stage", "TokenRequest"]
 
 TokenRequest = float | Budget | TokenSection
+
+# Finds the cache of a denoiser as the passes before have left it, with its evidence.
+CacheRequest = Callable[[nn.Module], tuple[CacheSection | None, Mapping[str, Any]]]
 
 # Names a stage and its number of steps; the context gives the function that takes steps done.
 Stage = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
@@ -39,6 +46,7 @@ class PlanContext:
             under, a schedule, or None to leave tokens alone.
         attention: "keep", "auto" or a format for the products of attention.
         latency: what a budget of time is counted by; None for other budgets.
+        cache: finds what is used again from step to step; None to compute everything.
         algorithm: how inputs and weights are calibrated, a name in `calibration.ALGORITHMS`.
         max_layer_error: see `spec.defaults.MAX_LAYER_ERROR`.
         budget: what formats are searched under; None to take the target's in their order.
@@ -60,6 +68,7 @@ class PlanContext:
     warn: Callable[[str], None]
     attention: str = ATTENTION
     latency: LatencyTable | None = None
+    cache: CacheRequest | None = None
 
     @property
     def clips(self) -> Batch:

@@ -108,4 +108,21 @@ class AttentionPass:
             apply_attention(model.module, plan.attention)
 
 
-PASSES: tuple[Pass, ...] = (TokenPass(), AttentionPass(), QuantizePass())
+class CachePass:
+    """What a denoiser uses again from step to step, found with everything else in place."""
+
+    needs: frozenset[str] = frozenset()
+
+    def plan(self, model: VideoModel, plan: CompressionPlan, context: PlanContext) -> Planned:
+        """The section `cache`, if there is to be one."""
+        if context.cache is None:
+            return Planned(plan, {})
+        section, measured = context.cache(model.module)
+        evidence = {**plan.evidence, "cache": dict(measured)}
+        return Planned(replace(plan, cache=section, evidence=evidence), {})
+
+    def apply(self, model: VideoModel, plan: CompressionPlan, tensors: ModelTensors) -> None:
+        """Nothing: one call has no steps. `compressed` puts the cache in place for whole runs."""
+
+
+PASSES: tuple[Pass, ...] = (TokenPass(), AttentionPass(), QuantizePass(), CachePass())

@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import vcompress
 from vcompress.compress.cache import Cached, CacheReport, CacheSection, apply_cache
 from vcompress.pipeline.cache_sampler import Case, Sampler, make_cases, open_sampler, read_prompts
 from vcompress.pipeline.cache_search import Bar, Found, Search, Trial, run_section
-from vcompress.pipeline.order import check_plan_output
 from vcompress.pipeline.planning import read_plan, save_plan
 from vcompress.pipeline.run import Progress, Silent
 from vcompress.spec.artifact import MANIFEST, Artifact
-from vcompress.spec.cache_section import LEAST_STEPS
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan
 from vcompress.validate.frames import Frames
@@ -117,20 +116,19 @@ def find_cache(
         raise InputError(message)
     bar = Bar("ssim", min_ssim or 0) if min_psnr is None else Bar("psnr_db", min_psnr)
     if output is not None:
+        # It needs this module.
+        from vcompress.pipeline.order import check_plan_output
+
         check_plan_output(output, force=force)
     with progress.stage("load"):
         sampler = source if isinstance(source, Sampler) else open_sampler(
             source, num_steps=num_steps, size=size
         )  # fmt: skip
+    known = read_prompts(prompts, sampler)
     facts: dict[str, Any] = {"name": sampler.name, "num_steps": sampler.num_steps, "bar": bar}
-    if sampler.num_steps < LEAST_STEPS or sampler.is_distilled:
-        why = (
-            f"caching cannot pay in {sampler.num_steps} steps of a few-step (distilled) model: no "
-            "two steps are alike enough, and the first and last are always computed; nothing is "
-            "cached"
-        )
-        return CacheFound(section=None, reason=why, **facts)
-    calibration, held_out = make_cases(read_prompts(prompts, sampler), num_clips, seed)
+    if sampler.cannot_pay is not None:
+        return CacheFound(section=None, reason=sampler.cannot_pay, **facts)
+    calibration, held_out = make_cases(known, num_clips, seed)
     found = Search(sampler, calibration, progress).run(bar)
     facts |= {"families": tuple(found)}
     best = found[0].best
@@ -214,7 +212,8 @@ def cached(pipe: Any, source: Path | str) -> Cached:
     if section is None:
         message = f"{source}: this plan has no section cache; make one with vcompress cache"
         raise InputError(message)
-    modules = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    modules = [module for module in found if isinstance(module, nn.Module)]
     for module in modules:
         own = getattr(module, "vcompress_cache", None)
         if isinstance(own, Cached):

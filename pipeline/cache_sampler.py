@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from vcompress.models.directory import read_directory
+from vcompress.spec import strict_json
+from vcompress.spec.cache_section import LEAST_STEPS
 from vcompress.spec.errors import InputError, MissingCapabilityError
 from vcompress.validate.frames import Frames
 
@@ -22,7 +25,7 @@ _DENOISERS = ("transformer", "transformer_2")
 # Schedulers of models that were distilled to a few steps.
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 
-Prompt = str | dict[str, torch.Tensor]
+Prompt = str | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,16 @@ class Sampler:
         return [module for module in found if isinstance(module, nn.Module)]
 
     @property
+    def cannot_pay(self) -> str | None:
+        """Why caching cannot pay, if so."""
+        if self.num_steps >= LEAST_STEPS and not self.is_distilled:
+            return None
+        return (
+            f"caching cannot pay in {self.num_steps} steps of a few-step (distilled) model: no two "
+            "steps are alike enough, and the first and last are always computed; nothing is cached"
+        )
+
+    @property
     def is_distilled(self) -> bool:
         """Whether the scheduler is one of few-step models."""
         return type(self.pipe.scheduler).__name__ in _FEW_STEP_SCHEDULERS
@@ -83,7 +96,8 @@ class Sampler:
 
             assert isinstance(case.prompt, str)
             clips = generate(self.pipe, [case.prompt], seed=case.seed, num_steps=self.num_steps)
-            return clips[0][..., None].astype(np.float32) / 255
+            drawn: Frames = clips[0][..., None].astype(np.float32) / 255
+            return drawn
         decodes = getattr(self.pipe, "vae", None) is not None
         given: dict[str, Any] = {
             "num_inference_steps": self.num_steps,
@@ -103,9 +117,11 @@ class Sampler:
         frames = output.frames if hasattr(output, "frames") else output.images
         clip = torch.as_tensor(frames)[0].float()
         if decodes:
-            return np.ascontiguousarray(clip.movedim(-3, -1).numpy()).clip(0, 1)
+            decoded: Frames = np.ascontiguousarray(clip.movedim(-3, -1).clamp(0, 1).numpy())
+            return decoded
         # Latents [C, T, H, W] of about unit size; -4..4 is their range.
-        return np.ascontiguousarray(((clip.movedim(0, -1) + 4) / 8).clamp(0, 1).numpy())
+        latents: Frames = np.ascontiguousarray(((clip.movedim(0, -1) + 4) / 8).clamp(0, 1).numpy())
+        return latents
 
     def _default_steps(self) -> int:
         if self._is_reference:
@@ -136,7 +152,7 @@ def open_sampler(
         MissingCapabilityError: diffusers is not installed.
     """
     try:
-        from diffusers import DiffusionPipeline
+        import diffusers
     except ImportError as error:
         message = "pipelines need diffusers: pip install 'vcompress-ai[diffusion]'"
         raise MissingCapabilityError(message) from error
@@ -158,13 +174,26 @@ def open_sampler(
             "with pipe.save_pretrained"
         )
         raise InputError(message)
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    # Read here: diffusers reads some classes only where accelerate is installed.
+    index = strict_json.read(folder / "model_index.json")
+    modules: dict[str, Any] = {
+        name: read_directory(folder / name)[0].float().eval()
+        for name in _DENOISERS
+        if (folder / name / "config.json").is_file()
+    }
+    modules |= {name: None for name, entry in index.items() if entry == [None, None]}
+    # The general class takes no modules where the class of the pipeline has them optional.
+    kind: Any = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
+    pipe = kind.from_pretrained(folder, local_files_only=True, **modules)
     call = {} if size is None else dict(zip(("num_frames", "height", "width"), size, strict=True))
     return Sampler(pipe, name=folder.resolve().name, num_steps=num_steps, call=call)
 
 
 def read_prompts(path: Path | None, sampler: Sampler) -> list[Prompt]:
     """One a line of a text file, or the rows of `prompt_embeds` in a .pt file.
+
+    Whatever else is in a .pt file goes to the pipeline: tensors row by row, numbers as they are;
+    its num_inference_steps are those of `sampler` from then on.
 
     The reference pipeline has prompts of its own, if `path` is None.
 
@@ -191,8 +220,12 @@ def read_prompts(path: Path | None, sampler: Sampler) -> list[Prompt]:
             message = f"{path} must hold a dict with prompt_embeds [prompts, tokens, width]"
             raise InputError(message)
         count = len(stored["prompt_embeds"])
+        sampler.num_steps = int(stored.pop("num_inference_steps", sampler.num_steps))
         prompts = [
-            {name: rows[index : index + 1] for name, rows in stored.items()}
+            {
+                name: value[index : index + 1] if isinstance(value, torch.Tensor) else value
+                for name, value in stored.items()
+            }
             for index in range(count)
         ]
     else:

@@ -4,7 +4,9 @@
 
 The module is of the class that the pipeline knows, built from the configuration in the artifact,
 with layers that hold packed weights. Its formats are simulated, which saves memory, not time; with
-`execute=True` they run on the kernels of `compress.kernels`.
+`execute=True` they run on the kernels of `compress.kernels`. A cache of the plan is in place and
+saves time; `pipe.transformer.vcompress_cache.report()` tells what it did. Two transformers of one
+run may each have one.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vcompress.compress.cache import apply_cache
 from vcompress.compress.kernels import execute as kernels
 from vcompress.compress.passes import PASSES, QuantizePass
 from vcompress.compress.restore import restore_module
@@ -80,8 +83,12 @@ def compressed(
     module.eval().requires_grad_(False)
     if execute:
         kernels.execute(module, device=device)
-        return module
-    return module.to(device)
+    else:
+        module.to(device)
+    if plan.cache is not None:
+        # No submodule: what it keeps is no weight.
+        module.__dict__["vcompress_cache"] = apply_cache(module, plan.cache)
+    return module
 
 
 def _facts(module: nn.Module, name: str) -> LayerFacts:

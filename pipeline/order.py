@@ -12,6 +12,7 @@ from vcompress.compress.tensors import ModelTensors
 from vcompress.export.publish import check_output
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.video import VideoModel
+from vcompress.pipeline.cache_request import cache_request, with_calls
 from vcompress.pipeline.planning import (
     apply_plan,
     check_against,
@@ -42,9 +43,12 @@ def quantize(
         BuildError: the result does not hold what was planned.
     """
     recorded = Recorded(progress or Silent())
+    calls = (options.output or Path("vcompress")).with_suffix(".calls.pt")
+    options = with_calls(source, options, calls, recorded)
     model, output = _prepare(source, options, load, recorded)
     clips = _open_clips(model, options, recorded)
-    plan, tensors = make_plan(model, clips.calibration, options, recorded)
+    request = cache_request(source, model, options, recorded)
+    plan, tensors = make_plan(model, clips.calibration, options, recorded, cache=request)
     return _produce(model, plan, tensors, clips, options, output, recorded)
 
 
@@ -72,10 +76,12 @@ def write_plan(
     """
     recorded = Recorded(progress or Silent())
     find_target(options.target)
+    options = with_calls(source, options, path.with_suffix(".calls.pt"), recorded)
     _require_calib(options)
     check_plan_output(path, force=options.force)
     model, clips = open_model_and_clips(source, options, load, recorded)
-    plan, tensors = make_plan(model, clips.calibration, options, recorded)
+    request = cache_request(source, model, options, recorded)
+    plan, tensors = make_plan(model, clips.calibration, options, recorded, cache=request)
     return save_plan(plan, tensors, path)
 
 

@@ -94,6 +94,9 @@ class Options:
     latency_table: str | None = None
     max_drop: float | None = None
     min_sqnr: float | None = None
+    cache: str | None = None
+    min_psnr: float | None = None
+    prompts: Path | None = None
     engine: bool = True
     seed: int = 0
     force: bool = False
@@ -106,6 +109,7 @@ class Options:
             ("num_clips", 1, 10**6), ("num_test_clips", 1, 10**6), ("max_layer_error", 0, 10),
             ("max_drop", 0, 100), ("min_sqnr", -200, 400), ("seed", 0, 2**31 - 1),
             ("budget_bits", 1, 64), ("max_size", 1, 2**50), ("max_latency", 0.001, 1),
+            ("min_psnr", 0, 100),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -168,6 +172,9 @@ class Options:
             return Budget("latency_share", self.max_latency)
         if self.min_sqnr is not None:
             return Budget("sqnr_db", self.min_sqnr)
+        if self.min_psnr is not None and task == "denoise":
+            # Of single calls, to start with; the search for a cache compares generated clips.
+            return Budget("sqnr_db", self.min_psnr)
         if task == "classify":
             drop = MAX_DROP_POINTS if self.max_drop is None else self.max_drop
             return Budget("drop_points", drop)

@@ -22,12 +22,14 @@ from vcompress.export.publish import write_manifest
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.recording import record_calls
 from vcompress.models.video import VideoModel
+from vcompress.pipeline.cache import cached
 from vcompress.pipeline.compressed import compressed
 from vcompress.pipeline.planning import apply_plan, empty_plan, save_plan
 from vcompress.pipeline.record import file_role
 from vcompress.pipeline.revalidate import validate
 from vcompress.pipeline.run import Options
 from vcompress.spec.artifact import Artifact
+from vcompress.spec.cache_section import CacheSection
 from vcompress.spec.call import CallSpec
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import LayerChoice
@@ -53,17 +55,22 @@ def pipeline(first: nn.Module, second: nn.Module) -> Any:
     return made
 
 
-def generate(pipe: Any, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def generate(
+    pipe: Any, seed: int, dtype: torch.dtype = torch.float32, *, num_steps: int = 5
+) -> torch.Tensor:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(2, 1, 8, 32, generator=generator).to(dtype)
     frames: torch.Tensor = pipe(
         prompt_embeds=text[0], negative_prompt_embeds=text[1], height=64, width=64, num_frames=9,
-        num_inference_steps=5, guidance_scale=4.0, output_type="latent", generator=generator,
+        num_inference_steps=num_steps, guidance_scale=4.0, output_type="latent",
+        generator=generator,
     ).frames  # fmt: skip
     return frames
 
 
-def artifact_of(model: VideoModel, calls: Path, format: str, folder: Path) -> VideoModel:
+def artifact_of(
+    model: VideoModel, calls: Path, format: str, folder: Path, cache: CacheSection | None = None
+) -> VideoModel:
     """Write what `compressed` reads of an artifact, every layer in `format`; the planned model."""
     folder.mkdir()
     choices = {
@@ -73,7 +80,11 @@ def artifact_of(model: VideoModel, calls: Path, format: str, folder: Path) -> Vi
         for name, facts in model.layers.items()
     }
     plan = empty_plan(model, load_calls(calls), Options(target="nvfp4", calib=str(calls)))
-    plan = save_plan(type(plan)(**{**plan.__dict__, "quantize": choices}), {}, folder / "plan.json")
+    plan = save_plan(
+        type(plan)(**{**plan.__dict__, "quantize": choices, "cache": cache}),
+        {},
+        folder / "plan.json",
+    )
     planned = apply_plan(model, plan)
     save_module(planned.module, folder / "weights.safetensors")
     (folder / "config.json").write_text(json.dumps(dict(model.config)))
@@ -131,6 +142,24 @@ def test_both_transformers_of_wan_in_their_pipeline(zoo: Any, tmp_path: Path) ->
     assert half.blocks[0].attn1.to_q.weight_quantized.dtype == torch.int8
     frames = generate(pipeline(half, half), 1, torch.bfloat16)
     assert (frames.float() - latents).norm() < 0.1 * latents.norm()
+
+
+def test_the_cache_of_a_plan_runs_in_the_pipeline(zoo: Any, tmp_path: Path) -> None:
+    section = CacheSection(policy="fixed", interval=2, num_steps=10)
+    artifact_of(zoo.load(WAN), zoo.calls(WAN), "nvfp4", tmp_path / "out", cache=section)
+    pipe = pipeline(compressed(tmp_path / "out"), compressed(tmp_path / "out"))
+    latents = generate(pipe, 1, num_steps=10)
+    for module in (pipe.transformer, pipe.transformer_2):
+        report = module.vcompress_cache.report()
+        assert report.consulted.any()
+    assert report.hits.any()
+    # A second run starts afresh.
+    assert torch.equal(generate(pipe, 1, num_steps=10), latents)
+    # One cache for both, from the artifact.
+    with cached(pipe, tmp_path / "out") as handle:
+        again = generate(pipe, 1, num_steps=10)
+    assert set(handle.report().blocks) >= {"transformer.blocks.0", "transformer_2.blocks.0"}
+    assert torch.isfinite(again).all()
 
 
 def test_weights_go_back_to_the_type_that_they_came_in(zoo: Any, tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ import torch
 from vcompress.benchmarks.denoiser_zoo import build
 from vcompress.compress.cache import CacheSection, Trajectory
 from vcompress.compress.cache.ladder import ladders, schedule
+from vcompress.models.load import load_model
 from vcompress.pipeline.cache import cached, find_cache
+from vcompress.pipeline.cache_request import cache_request
 from vcompress.pipeline.cache_sampler import Case, Sampler, make_cases, read_prompts
 from vcompress.pipeline.cache_search import Bar, Search, run_section
-from vcompress.pipeline.run import Silent
+from vcompress.pipeline.order import write_plan
+from vcompress.pipeline.run import Options, Silent
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan
 from vcompress.validate.frames import psnr_db, ssim
@@ -70,6 +73,30 @@ def test_a_target_is_found_held_out_and_written(
     np.testing.assert_array_equal(clip, found.held_out.clips[0])
     assert handle.report().skip_rate == pytest.approx(found.held_out.report.skip_rate)
     np.testing.assert_array_equal(sampler.sample(case), found.full[0])
+
+
+def test_a_cache_is_planned_with_the_quantized_layers(
+    sampler: Sampler, prompts: Path, tmp_path: Path
+) -> None:
+    sampler.pipe.save_pretrained(tmp_path / "wan")
+    stored = torch.load(prompts)
+    torch.save({**stored, **SIZE, "num_inference_steps": 10}, tmp_path / "prompts.pt")
+    options = Options(
+        target="int8", cache="auto", min_psnr=20, prompts=tmp_path / "prompts.pt", num_clips=4
+    )
+    plan = write_plan(str(tmp_path / "wan"), tmp_path / "plan.json", options=options)
+    assert any(choice.format == "int8" for choice in plan.quantize.values())
+    assert plan.cache is not None
+    measured = plan.evidence["cache"]
+    assert min(measured["calibration"]["psnr_db"]) >= 20
+    assert measured["held_out"]["skip_rate"] > 0
+    assert CompressionPlan.load(tmp_path / "plan.json").cache == plan.cache
+
+
+def test_a_cache_is_for_denoisers(tmp_path: Path) -> None:
+    model = load_model("reference:penvideo20")
+    with pytest.raises(InputError, match="is for denoisers"):
+        cache_request(model, model, Options(cache="auto", min_psnr=30), Silent())
 
 
 def test_few_steps_are_not_cached(sampler: Sampler, prompts: Path, tmp_path: Path) -> None:
