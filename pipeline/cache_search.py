@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 
 from vcompress.compress.cache import CacheReport, Trajectory, apply_cache, observe
-from vcompress.compress.cache.ladder import Ladder, ladders
+from vcompress.compress.cache.ladder import Ladder, ladders, listed, schedules
+from vcompress.compress.cache.schedule import (
+    cheapest_schedules,
+    probe_steps,
+    reuse_errors,
+    weights_of,
+)
 from vcompress.pipeline.cache_sampler import Case, Sampler
 from vcompress.pipeline.run import Progress
 from vcompress.spec.cache_section import CacheSection
@@ -98,10 +104,16 @@ class Search:
                 self._full.append(sampler.sample(case))
                 advance(1)
         self._trajectories: list[Trajectory] = trajectories
+        self._ladders: list[Ladder] = []
 
     def ladders(self) -> list[Ladder]:
-        """What there is to try."""
-        return ladders(self._sampler.num_steps, self._trajectories)
+        """What there is to try; the first call probes what a reused step does to the clips."""
+        if not self._ladders:
+            self._ladders = ladders(self._sampler.num_steps, self._trajectories)
+            # Two denoisers share the steps, and what one adds says nothing of the other.
+            if len(self._sampler.denoisers) == 1:
+                self._ladders.insert(0, self._scheduled())
+        return self._ladders
 
     def run(self, bar: Bar, families: Sequence[Ladder] | None = None) -> list[Found]:
         """The best of every family under `bar`, the one that skips most first."""
@@ -116,6 +128,21 @@ class Search:
     def trial(self, section: CacheSection, bar: Bar | None = None) -> Trial:
         """Run `section`; with `bar` the cases end at one that is far below."""
         return run_section(self._sampler, section, self._cases, self._full, bar)
+
+    def _scheduled(self) -> Ladder:
+        num_steps = self._sampler.num_steps
+        errors = reuse_errors(self._trajectories, num_steps)
+        probes = probe_steps(num_steps)
+        measured = {}
+        with self._progress.stage("probe", len(probes)) as advance:
+            for probe in probes:
+                trial = self.trial(listed(num_steps, [n for n in range(num_steps) if n != probe]))
+                measured[probe] = float(np.mean([
+                    np.square(ours - full).mean()
+                    for ours, full in zip(trial.clips, self._full, strict=True)
+                ]))  # fmt: skip
+                advance(1)
+        return schedules(num_steps, cheapest_schedules(errors, weights_of(measured, errors)))
 
     def _climb(self, family: Ladder, bar: Bar) -> Found:
         low, high, best, count = 0, len(family.rungs) - 1, None, 0

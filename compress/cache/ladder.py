@@ -1,9 +1,8 @@
 """What a search over caches tries: families of sections, each a ladder from exact to fast.
 
 On a ladder one setting grows, so that quality falls and speed rises, nearly monotonously: a
-bisection finds the last rung that is good enough. `schedule` spreads the computed steps as a power
-of their order: above 1 they stand closer together early, where a denoiser changes most (in the
-manner of LeMiCa, arXiv:2511.00090, without its graph).
+bisection finds the last rung that is good enough. `schedules` holds the lists of steps that
+`compress.cache.schedule` finds; the family `fixed` is the control, with evenly spread ones.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from dataclasses import dataclass, replace
 from vcompress.compress.cache.calibrate import Trajectory, fit
 from vcompress.spec.cache_section import SETTINGS, CacheSection
 
-__all__ = ["Ladder", "ladders", "schedule"]
+__all__ = ["Ladder", "evenly_spread", "ladders", "listed", "schedules"]
 
 _LEAST_THRESHOLD, _RATIO, _RUNGS = 0.01, 1.35, 16
-_POWERS = (1.0, 1.5)
 # Shares of the steps that are computed.
 _SHARES = (0.9, 0.8, 0.7, 0.6, 0.52, 0.45, 0.4, 0.35, 0.3, 0.26, 0.22, 0.18)
 _MAX_SKIPS = {"magcache": 8, "temporal_delta": 4}
@@ -48,19 +46,29 @@ def ladders(num_steps: int, trajectories: Sequence[Trajectory]) -> list[Ladder]:
         rungs = tuple(replace(base, interval=interval) for interval in intervals)
         found.append(Ladder(f"{policy} of order {order}", rungs))
     counts = [round(num_steps * share) for share in _SHARES]
-    for power in _POWERS:
-        base = CacheSection(policy="fixed", num_steps=num_steps)
-        rungs = tuple(
-            replace(base, compute_steps=schedule(num_steps, count, power, base.protect_first))
-            for count in counts
-        )
-        found.append(Ladder(f"fixed, power {power:g}", rungs))
+    base = CacheSection(policy="fixed", num_steps=num_steps)
+    spread = (evenly_spread(num_steps, count, base.protect_first) for count in counts)
+    found.append(Ladder("fixed", tuple(replace(base, compute_steps=steps) for steps in spread)))
     return found
 
 
-def schedule(num_steps: int, count: int, power: float, first: int) -> tuple[int, ...]:
-    """About `count` steps to compute: the `first` ones, then spread, and the last one."""
+def listed(num_steps: int, steps: Sequence[int]) -> CacheSection:
+    """Exactly `steps` are computed, the others continued along a line."""
+    return CacheSection(
+        policy="taylorseer", num_steps=num_steps, protect_first=0, protect_last=0, order=1,
+        compute_steps=tuple(steps),
+    )  # fmt: skip
+
+
+def schedules(num_steps: int, found: Sequence[tuple[float, tuple[int, ...]]]) -> Ladder:
+    """A rung for every length of what `cheapest_schedules` found; all steps is no rung."""
+    lists = [steps for _, steps in found if steps and len(steps) < num_steps]
+    return Ladder("schedule", tuple(listed(num_steps, steps) for steps in reversed(lists)))
+
+
+def evenly_spread(num_steps: int, count: int, first: int) -> tuple[int, ...]:
+    """About `count` steps to compute: the `first` ones, then evenly, and the last one."""
     rest = max(1, count - first)
     span = num_steps - 1 - first
-    spread = (first + round(span * (index / rest) ** power) for index in range(rest + 1))
+    spread = (first + round(span * index / rest) for index in range(rest + 1))
     return tuple(sorted({*range(min(first, num_steps)), *spread, num_steps - 1}))

@@ -11,7 +11,7 @@ import torch
 
 from vcompress.benchmarks.denoiser_zoo import build
 from vcompress.compress.cache import CacheSection, Trajectory
-from vcompress.compress.cache.ladder import ladders, schedule
+from vcompress.compress.cache.ladder import evenly_spread, ladders
 from vcompress.models.load import load_model
 from vcompress.pipeline.cache import cached, find_cache
 from vcompress.pipeline.cache_request import cache_request
@@ -110,7 +110,7 @@ def test_few_steps_are_not_cached(sampler: Sampler, prompts: Path, tmp_path: Pat
 def test_a_bar_that_nothing_holds_caches_nothing(sampler: Sampler, prompts: Path) -> None:
     case = Case(read_prompts(prompts, sampler)[0], 0)
     search = Search(sampler, [case], Silent())
-    (family,) = [one for one in search.ladders() if one.name == "fixed, power 1"]
+    (family,) = [one for one in search.ladders() if one.name == "fixed"]
     (found,) = search.run(Bar("psnr_db", 101.0), [family])
     assert found.best is None
 
@@ -146,7 +146,7 @@ def test_ladders_rise_in_one_setting_only() -> None:
         for rung in ladder.rungs[1:]:
             changed = {name for name, value in rung.as_dict().items() if value != first[name]}
             assert changed <= {"threshold", "interval", "compute_steps"}
-    assert schedule(10, 5, 1.0, 3) == (0, 1, 2, 3, 6, 9)
+    assert evenly_spread(10, 5, 3) == (0, 1, 2, 3, 6, 9)
 
 
 def test_quality_by_hand() -> None:
