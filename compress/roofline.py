@@ -84,6 +84,9 @@ def _seconds(operation: str, format_name: str, device: Device) -> float | None:
         width = _FLOAT_BITS if format_name == FLOAT else PRODUCT_BITS
         moved = width * values + _FLOAT_BITS * written
         return max(count / rate, moved / 8 / device.bytes_per_second)
+    if format_name not in FORMATS and format_name != FLOAT:
+        # Of products of attention alone.
+        return None
     rate = device.operations_per_second[format_name]
     if kind == "linear":
         rows, inputs, outputs = shapes[0]

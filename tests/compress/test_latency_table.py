@@ -182,5 +182,9 @@ def test_the_roofline_by_hand() -> None:
     moved = (weight_bits + 8 * 4096 + 32 * 4096) / 8
     assert seconds[small, "int8"] == pytest.approx(moved / RTX_5090.bytes_per_second)
     assert ("attention:1x64x64x32x32", "nvfp4") not in seconds
+    # A format of two products is one of attention alone.
+    both = estimate([large, "attention:1x64x64x32x32"], ("int8", "int8_fp8")).seconds
+    assert (large, "int8_fp8") not in both
+    assert ("attention:1x64x64x32x32", "int8_fp8") in both
     convolution = estimate([CONVOLUTION], ("int8", "nvfp4"))
     assert convolution.formats == ("keep", "int8")
