@@ -47,9 +47,8 @@ def measure(bench: BenchModel, *, seed: int) -> dict[str, Any]:
     """Attention formats with and without INT8 layers, and plans under budgets of time."""
     model, judge = bench.model, Judge(bench)
     layers = {name: model.layer(name) for name in model.layers}
-    stats = observe(
-        model, layers, bench.calibration, needs=frozenset({"input_amax", "outputs"})
-    )  # fmt: skip
+    needs = frozenset({"input_amax", "outputs"})
+    stats = observe(model, layers, bench.calibration, needs=needs)
     context = PlanContext(
         target=find_target(_TARGET), stats=stats, original=model, calibration=bench.calibration,
         tokens=None, algorithm="max", max_layer_error=MAX_LAYER_ERROR, budget=None, seed=seed,
