@@ -75,6 +75,11 @@ def sensitivity(
     "--calib", metavar="PATH", help="For a denoiser: a file of calls, for the shapes of its inputs."
 )
 @click.option(
+    "--device",
+    metavar="DEVICE",
+    help="Run the kernels of vcompress there, e.g. cuda. Default: ONNX Runtime, on the CPU.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
@@ -86,8 +91,8 @@ def sensitivity(
 @model_options
 @common
 def latency(
-    model: str, formats: str | None, calib: str | None, output: Path, force: bool, as_json: bool,
-    quiet: bool, **values: Any,
+    model: str, formats: str | None, calib: str | None, device: str | None, output: Path,
+    force: bool, as_json: bool, quiet: bool, **values: Any,
 ) -> None:  # fmt: skip
     """Measure what each layer of MODEL takes here in each format, and write it as a table.
 
@@ -103,7 +108,7 @@ def latency(
     if calib is not None:
         load = replace(load, calls=Path(calib))
     table = pipeline.measure_latency(
-        model, output, load=load, progress=console, force=force,
+        model, output, load=load, progress=console, force=force, device=device,
         formats=None if formats is None else tuple(re.split(r"\s*,\s*", formats.strip())),
     )  # fmt: skip
     console.latency(table, output)

@@ -268,6 +268,11 @@ class ModelTimes:
         times = [self._seconds.get((word, format_name)) for word in self._operations.get(name, ())]
         return None if None in times else sum(time for time in times if time is not None)
 
+    def slowdown(self, name: str, format_name: str) -> float | None:
+        """How many times as long as in float `name` takes; None if one has no time."""
+        seconds, kept = self.of(name, format_name), self.of(name, FLOAT)
+        return None if seconds is None or not kept else seconds / kept
+
     def together(self, formats: Mapping[str, str]) -> float | None:
         """Seconds of the layers of `formats`; None if one has no time."""
         times = [self.of(name, format_name) for name, format_name in formats.items()]

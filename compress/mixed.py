@@ -62,7 +62,8 @@ def find_formats(model: VideoModel, context: PlanContext) -> MixedFormats:
     if context.latency is not None:
         times = ModelTimes(context.latency, find_operations(model))
         formats = tuple(each for each in formats if each in context.latency.formats)
-    candidates = freeze_candidates(model, formats, context.stats.input_amax)
+    frozen = freeze_candidates(model, formats, context.stats.input_amax)
+    candidates, slower = _without_slower(frozen, times)
     # Gradients pass through no rounding.
     with (
         exact_attention(model.module),
@@ -93,7 +94,7 @@ def find_formats(model: VideoModel, context: PlanContext) -> MixedFormats:
     return MixedFormats(
         formats=found.formats,
         reasons={
-            name: _reason(model, name, format_name, candidates, sensitivities)
+            name: _reason(model, name, format_name, candidates, sensitivities, slower.get(name, ""))
             for name, format_name in found.formats.items()
         },
         scores={
@@ -116,6 +117,29 @@ def find_formats(model: VideoModel, context: PlanContext) -> MixedFormats:
             ),
         },
     )
+
+
+def _without_slower(
+    candidates: Candidates, times: ModelTimes | None
+) -> tuple[Candidates, dict[str, str]]:
+    """The candidates that save time where times are known, and of others what they take."""
+    if times is None:
+        return candidates, {}
+    slower = {}
+    for name, forms in candidates.items():
+        ratios = {each: times.slowdown(name, each) for each in forms}
+        ratios = {each: ratio for each, ratio in ratios.items() if ratio and ratio >= 1}
+        if ratios:
+            slower[name] = ratios
+    faster = {
+        name: {each: form for each, form in forms.items() if each not in slower.get(name, ())}
+        for name, forms in candidates.items()
+    }
+    return faster, {
+        name: "; not faster than float: "
+        + ", ".join(f"{each} takes {ratio:.2f} times as long" for each, ratio in ratios.items())
+        for name, ratios in slower.items()
+    }
 
 
 def _under(
@@ -246,10 +270,12 @@ def _within_bar(
 
 def _reason(
     model: VideoModel, name: str, chosen: str, candidates: Candidates,
-    sensitivities: Sensitivities,
+    sensitivities: Sensitivities, slower: str,
 ) -> str:  # fmt: skip
     unit = _UNITS[sensitivities.loss.name]
     if not candidates[name]:
+        if slower:
+            return f"kept{slower}"
         objections = (model.layers[name].objection(each) for each in FORMATS)
         return f"kept: {next(each for each in objections if each is not None)}"
     alone = {format_name: sensitivities.of(name, format_name) for format_name in candidates[name]}
@@ -266,7 +292,7 @@ def _reason(
     loss = sensitivities.of(name, chosen)
     how = "measured" if name in sensitivities.measured else "predicted"
     own = "kept" if chosen == FLOAT else f"{how} loss {loss:.1e} {unit}"
-    return f"{own} ({others})" if others else own
+    return (f"{own} ({others})" if others else own) + slower
 
 
 _UNITS: Mapping[str, str] = {

@@ -35,6 +35,7 @@ from vcompress.export.runtime import INTEGER_KERNELS, Session, open_session
 from vcompress.models.calls import Batch, named_arrays
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.video import PrimaryOutput, VideoModel
+from vcompress.pipeline.device_timing import measure_on_device
 from vcompress.pipeline.order import check_plan_output
 from vcompress.pipeline.run import Progress, Silent
 from vcompress.spec.attention_section import PRODUCT_FORMATS, AttentionChoice
@@ -87,6 +88,7 @@ def table_for(
 def measure_latency(
     source: str | VideoModel, path: Path, *, formats: Sequence[str] | None = None,
     load: LoadOptions | None = None, progress: Progress | None = None, force: bool = False,
+    device: str | None = None,
 ) -> LatencyTable:  # fmt: skip
     """Measure the table of the model at `source` here, and write it to `path`.
 
@@ -97,6 +99,7 @@ def measure_latency(
         load: how the model is read.
         progress: is told how far it is.
         force: replace `path`.
+        device: run the kernels of `compress.kernels` there, "cuda" say; by default ONNX Runtime.
 
     Raises:
         InputError: the model is wrong, a format is unknown, or `path` cannot be written.
@@ -111,7 +114,10 @@ def measure_latency(
     progress = progress or Silent()
     with progress.stage("load"):
         model = source if isinstance(source, VideoModel) else load_model(source, load)
-    table = measure_table(model, wanted, progress)
+    if device is None:
+        table = measure_table(model, wanted, progress)
+    else:
+        table = measure_on_device(model, wanted, device, progress)
     table.save(path)
     return table
 

@@ -24,7 +24,7 @@ from vcompress.models.video import VideoModel
 from vcompress.pipeline import timing
 from vcompress.pipeline.planning import apply_plan, make_plan
 from vcompress.pipeline.run import Options, Silent
-from vcompress.spec.errors import InputError
+from vcompress.spec.errors import InputError, MissingCapabilityError
 from vcompress.spec.plan import CompressionPlan
 from vcompress.validate.metrics import sqnr_db
 
@@ -230,3 +230,38 @@ def test_wrong_usage_is_explained(
     assert code == 2
     assert said is not None
     assert message in said
+
+
+def test_kernels_are_measured_and_a_slower_format_is_not_chosen(
+    model: VideoModel, calib: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Triton's interpreter takes minutes for this.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    path = tmp_path / "table.json"
+    formats = ("nvfp4", "int8_token", "int8")
+    table = timing.measure_latency(model, path, formats=formats, device="cpu")
+    assert "kernels of vcompress" in table.runtime
+    by_format = {
+        name: {each.operation.partition(":")[0] for each in table.entries if each.format == name}
+        for name in table.formats
+    }
+    linears = {name: {"linear"} for name in formats}
+    assert by_format == {"keep": {"conv3d", "linear"}, **linears}
+    # Written by hand: four bits take twice as long as float, eight bits half as long.
+    times = {"keep": 1.0, "nvfp4": 2.0, "int8_token": 1.0, "int8": 0.5}
+    data = table.as_dict()
+    data["model_seconds"] = None
+    for entry in data["entries"]:
+        entry["seconds"] = times[entry["format"]]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    plan = made(model, calib, target="mixed", max_latency=0.7, latency_table=str(path))
+    assert {line.format for line in plan.quantize.values()} == {"keep", "int8"}
+    said = plan.quantize["blocks.0.grow"].reason
+    assert "nvfp4 takes 2.00 times as long" in said
+    assert "int8 takes" not in said
+
+
+def test_a_device_that_is_not_there(model: VideoModel, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(MissingCapabilityError, match="leave it out"):
+            timing.measure_latency(model, tmp_path / "t.json", device="cuda")
