@@ -15,7 +15,10 @@ from typing import get_args
 import torch
 from torch import nn
 
+from vcompress.compress.attention_products import AttentionProducts
+from vcompress.compress.attention_sites import products_of
 from vcompress.compress.frozen import FrozenLayer, FrozenLinear
+from vcompress.compress.kernels.attention import ExecutableAttention
 from vcompress.compress.kernels.available import needs_triton
 from vcompress.compress.kernels.linear import ExecutableLinear, FourBitInputs
 from vcompress.spec.errors import InputError, MissingCapabilityError
@@ -66,7 +69,7 @@ def execute(
             anything but "plan" is another model than the one that was proven.
 
     Returns:
-        A line for each quantized layer and attention, in the order of the module.
+        A line for each quantized layer, then for each attention, in the order of the module.
 
     Raises:
         InputError: no layer of `module` is quantized; an unknown `four_bit_inputs`.
@@ -90,6 +93,8 @@ def execute(
     def made(each: nn.Module) -> nn.Module | None:
         if isinstance(each, FrozenLinear) and not isinstance(each, ExecutableLinear):
             return ExecutableLinear(each, four_bit_inputs)
+        if isinstance(each, AttentionProducts) and not isinstance(each, ExecutableAttention):
+            return ExecutableAttention(each)
         return None
 
     _swap(module, made)
@@ -129,6 +134,13 @@ def _lines(module: nn.Module) -> list[LayerKernel]:
             lines.append(LayerKernel(
                 name=name, format=each.format, kernel=kernel, weight_bits=each.weight_bits,
             ))  # fmt: skip
+    lines += [
+        LayerKernel(
+            name=name, format=each.format, weight_bits=0,
+            kernel=(each.kernel if isinstance(each, ExecutableAttention) else "") or SIMULATED,
+        )
+        for name, each in products_of(module).items()
+    ]  # fmt: skip
     return lines
 
 
