@@ -65,11 +65,15 @@ def main() -> None:
         correlations = np.array([line.correlation for line in lines.values()])
         known = correlations[np.isfinite(correlations)]
         results[name] = {
-            "num_layers": len(lines), "undefined": len(lines) - len(known), "median": float(np.median(known)),
+            "num_layers": len(lines), "undefined": len(lines) - len(known),
+            "median": float(np.median(known)),
             "quartiles": [float(value) for value in np.quantile(known, [0.25, 0.75])],
             "negative": int((known < 0).sum()), "above_0.8": int((known > 0.8).sum()),
             "layers": {
-                layer: {"alpha": line.alpha, "beta": line.beta, "correlation": line.correlation if np.isfinite(line.correlation) else None}
+                layer: {
+                    "alpha": line.alpha, "beta": line.beta,
+                    "correlation": line.correlation if np.isfinite(line.correlation) else None,
+                }
                 for layer, line in lines.items()
             },
         }  # fmt: skip

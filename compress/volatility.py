@@ -3,8 +3,8 @@
 6Bit-Diffusion (arXiv:2603.18742) chooses the precision of a layer's input in step t by a line
 E = alpha * V + beta, fitted for each layer, where V = |y - x| / |x| (means of absolute values) is
 the volatility of its block in step t - 1: what the block made of x. This module measures V and E
-and fits the line; E is the relative L2 error of the layer's output with weight and input in NVFP4. The
-paper does not say how well the line fits, so the correlation comes with it. Nothing is decided
+and fits the line; E is the relative L2 error of the layer's output with weight and input in NVFP4.
+The paper does not say how well the line fits, so the correlation comes with it. Nothing is decided
 here. Difference from the paper: no Hadamard transform in front of quantization.
 """
 
