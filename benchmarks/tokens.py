@@ -2,10 +2,10 @@
 
     python benchmarks/tokens.py [SECTION ...] [--models MODEL ...] [--threads N]
 
-`quality`: top-1 of the trained recognisers on their full test sets, technique by technique and for
-the searched schedule, at several shares of the operations. `joint`: reduction and precision
-together and apart. `clock`: wall-clock time against operations on VideoMAE-B geometry, in ONNX
-Runtime and OpenVINO, interleaved, and what the matching costs.
+`quality`: top-1 of the trained recognisers, technique by technique and for the searched schedule,
+at several shares of the operations; stored rows of the same clips are kept. `joint`: reduction and
+precision together and apart. `clock`: wall-clock time against operations on VideoMAE-B geometry, in
+ONNX Runtime and OpenVINO, interleaved. `matching`: what one matching costs beside one block.
 `benchmarks/results/tokens.json` keeps the last run of each section and model; `--table` prints it.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 import vcompress
-from vcompress.benchmarks import tokens_clock, tokens_joint, tokens_quality
+from vcompress.benchmarks import tokens_clock, tokens_joint, tokens_matching, tokens_quality
+from vcompress.compress.tokens.decide import NUM_SEARCH_CLIPS
 from vcompress.validate.latency import describe_device
 
 RESULTS = Path(__file__).parent / "results" / "tokens.json"
@@ -31,27 +32,52 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": tokens_quality.table,
     "joint": tokens_joint.table,
     "clock": tokens_clock.table,
+    "matching": tokens_matching.table,
 }
 _PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "nvidia-modelopt")
 Results = dict[str, dict[str, Any]]
 
 
-def measure(section: str, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run `section` on `model`, and say with what."""
+def measure(
+    section: str, model: str, arguments: argparse.Namespace, known: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Run `section` on `model`, and say with what; `quality` after each row.
+
+    Args:
+        section: of `TABLES`.
+        model: of `MODELS`.
+        arguments: of the command line.
+        known: what is stored of it.
+    """
     words = f"{section} --threads {arguments.threads} --seed {arguments.seed}"
+    results: Iterable[dict[str, Any]]
     if section == "clock":
-        result = tokens_clock.measure(threads=arguments.threads, rounds=arguments.rounds)
+        results = [tokens_clock.measure(threads=arguments.threads, rounds=arguments.rounds)]
         words += f" --rounds {arguments.rounds}"
-    else:
-        run = tokens_quality.measure if section == "quality" else tokens_joint.measure
-        result = run(model, seed=arguments.seed)
+    elif section == "matching":
+        results = [tokens_matching.measure(rounds=arguments.rounds)]
+        words += f" --rounds {arguments.rounds}"
+    elif section == "joint":
+        results = [tokens_joint.measure(model, seed=arguments.seed)]
         words += f" --models {model}"
-    return {
-        "command": f"python benchmarks/tokens.py {words}",
-        "device": describe_device(arguments.threads),
-        "versions": {"vcompress": vcompress.__version__, **_versions()},
-        **result,
-    }
+    else:
+        scope = tokens_quality.Scope(
+            shares=tuple(arguments.shares), num_search=arguments.num_search,
+            schedules=tuple(arguments.schedules) if arguments.schedules else None,
+            num_test=arguments.num_test,
+            num_refit=arguments.num_refit, max_moves=arguments.max_moves, seed=arguments.seed,
+        )  # fmt: skip
+        results = tokens_quality.measure(model, scope, known)
+        words += (
+            f" --models {model} --num-search {arguments.num_search} --num-test {arguments.num_test}"
+        )
+    for result in results:
+        yield {
+            "command": f"python benchmarks/tokens.py {words}",
+            "device": describe_device(arguments.threads),
+            "versions": {"vcompress": vcompress.__version__, **_versions()},
+            **result,
+        }
 
 
 def _versions() -> dict[str, str]:
@@ -79,18 +105,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=10, help="of `clock`")
+    parser.add_argument("--shares", type=float, nargs="+", default=list(tokens_quality.SHARES))
+    parser.add_argument("--schedules", nargs="+", help="of `quality`; the others are kept")
+    parser.add_argument("--num-search", type=int, default=NUM_SEARCH_CLIPS, help="of `quality`")
+    parser.add_argument("--num-test", type=int, default=tokens_quality.NUM_TEST, help="likewise")
+    parser.add_argument("--num-refit", type=int, default=tokens_quality.NUM_CALIBRATION)
+    parser.add_argument("--max-moves", type=int, default=50, help="of the search in `quality`")
+    parser.add_argument("--rounds", type=int, default=10, help="of `clock` and `matching`")
     parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = read()
     for section in () if arguments.table else arguments.sections or list(TABLES):
-        for model in [GEOMETRY] if section == "clock" else arguments.models:
-            entry = measure(section, model, arguments)
-            results = read()
-            results[section][model] = entry
-            RESULTS.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-            print(f"{TABLES[section]({model: entry})}\n", flush=True)
+        for model in [GEOMETRY] if section in {"clock", "matching"} else arguments.models:
+            for entry in measure(section, model, arguments, results[section].get(model, {})):
+                results = read()
+                results[section][model] = entry
+                RESULTS.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+            print(f"{TABLES[section]({model: results[section][model]})}\n", flush=True)
     if arguments.table:
         print("\n\n".join(TABLES[name](part) for name, part in results.items() if part))
 

@@ -4,7 +4,6 @@ VideoMAE-B geometry (16 x 224 x 224, 1,568 tokens, 12 blocks of width 768), rand
 does not depend on what a model knows. Each schedule is exported to ONNX and run beside the model
 without reduction in ONNX Runtime and in OpenVINO, all of them in turn.
 - realised: (1 - time share) / (1 - share of the operations), by the formula.
-- matching: one reduction alone (likeness, TopK, gather, product) against one block on all tokens.
 """
 
 from __future__ import annotations
@@ -18,12 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
-from vcompress.compress.tokens.catalog import find_technique
 from vcompress.compress.tokens.shapes import Candidate, Fitter, Site
 from vcompress.compress.tokens.surgery import apply_reduction
-from vcompress.compress.tokens.view import View
 from vcompress.export.graph import export_onnx
 from vcompress.export.runtime import open_session
 from vcompress.models.checkpoint import Checkpoint
@@ -31,7 +27,7 @@ from vcompress.models.load import ADAPTERS, LoadOptions, from_checkpoint
 from vcompress.models.video import PrimaryOutput, VideoModel
 from vcompress.validate.latency import measure_interleaved
 
-__all__ = ["measure", "table"]
+__all__ = ["RUNTIMES", "geometry", "measure", "table"]
 
 SHARE = 0.5
 # Few sites with many merges, and many sites with few.
@@ -42,12 +38,11 @@ SHAPES = {
 }
 _TECHNIQUE = "bipartite"
 _WARM_UP = 2
-_MERGES = 150
 Array = npt.NDArray[np.float32]
 
 
 def measure(*, threads: int, rounds: int) -> dict[str, Any]:
-    """Time all schedules in both runtimes, then the matching alone."""
+    """Time all schedules in both runtimes."""
     model = geometry()
     fitter = Fitter(model)
     clip = model.example().numpy()
@@ -64,15 +59,11 @@ def measure(*, threads: int, rounds: int) -> dict[str, Any]:
                 files[label] = _exported(reduced, Path(folder) / f"{len(files)}.onnx")
                 shares[label] = fitter.share_of(section)
         rows = []
-        for runtime, opener in (("ONNX Runtime", _onnxruntime), ("OpenVINO", _openvino)):
+        for runtime, opener in RUNTIMES.items():
             runners = {label: opener(path, clip, threads) for label, path in files.items()}
             rows += _timed(runtime, runners, shares, rounds)
             print(*rows[-len(shares) :], sep="\n", flush=True)
-        matching = {
-            runtime: _matching(model, Path(folder), opener, threads, rounds)
-            for runtime, opener in (("ONNX Runtime", _onnxruntime), ("OpenVINO", _openvino))
-        }
-    return {"geometry": dict(model.config), "rows": rows, "matching_share_of_block": matching}
+    return {"geometry": dict(model.config), "rows": rows}
 
 
 def geometry() -> VideoModel:
@@ -115,6 +106,10 @@ def _openvino(path: Path, data: Array, threads: int) -> Callable[[], object]:
     return lambda: request.infer([data])
 
 
+Opener = Callable[[Path, Array, int], Callable[[], object]]
+RUNTIMES: dict[str, Opener] = {"ONNX Runtime": _onnxruntime, "OpenVINO": _openvino}
+
+
 def _timed(
     runtime: str, runners: dict[str, Callable[[], object]], shares: dict[str, float], rounds: int
 ) -> list[dict[str, Any]]:
@@ -131,54 +126,6 @@ def _timed(
             "realised": (1 - 1 / speed.median) / (1 - share),
         })  # fmt: skip
     return rows
-
-
-class _Reduce(nn.Module):
-    """One reduction alone; the keys are the first channels, as a head's width has them."""
-
-    def __init__(self, keep: int, head_width: int) -> None:
-        super().__init__()
-        self.keep, self.head_width = keep, head_width
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[B, N, C]` to `[B, keep, C]`."""
-        sizes = torch.ones_like(tokens[..., 0])
-        view = View(tokens=tokens, sizes=sizes, keys=tokens[..., : self.head_width])
-        reducer = find_technique(_TECHNIQUE, "tokens").reduce(view, self.keep)
-        reduced, new_sizes = reducer.apply(tokens, sizes)
-        return reduced + 0 * new_sizes[..., None]
-
-
-class _Block(nn.Module):
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[B, N, C]` to the same."""
-        output = self.block(tokens)
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return result
-
-
-def _matching(
-    model: VideoModel, folder: Path, opener: Callable[[Path, Array, int], Callable[[], object]],
-    threads: int, rounds: int,
-) -> float:  # fmt: skip
-    assert model.token_grid is not None
-    num_tokens, width = model.token_grid.num_patches, int(model.config["hidden_size"])
-    tokens = torch.randn(1, num_tokens, width, generator=torch.Generator().manual_seed(0))
-    modules = {
-        "block": _Block(model.layer(model.blocks[0])),
-        "reduction": _Reduce(num_tokens - _MERGES, width // 12),
-    }
-    runners = {}
-    for name, module in modules.items():
-        path = folder / f"{name}.onnx"
-        export_onnx(module.eval(), tokens, path, dialect="portable", dynamic_batch=False)
-        runners[name] = opener(path, tokens.numpy(), threads)
-    timed = measure_interleaved(runners, warm_up=_WARM_UP, rounds=3 * rounds)
-    return timed["reduction"].p50_ms / timed["block"].p50_ms
 
 
 def table(entries: dict[str, Any]) -> str:
@@ -198,13 +145,5 @@ def table(entries: dict[str, Any]) -> str:
             f"{row['speed_ratio_upper'] or 0:.2f}] | {100 * row['realised']:.0f} % |"
             for row in entry["rows"]
         ]
-        lines += [
-            "",
-            f"One reduction by {_MERGES} tokens against one block: "
-            + ", ".join(
-                f"{100 * share:.1f} % in {runtime}"
-                for runtime, share in entry["matching_share_of_block"].items()
-            ),
-            "",
-        ]
+        lines.append("")
     return "\n".join(lines)

@@ -15,6 +15,8 @@ Operations are the formula's; for the search those that really ran are counted b
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,9 +25,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vcompress.benchmarks import zoo
 from vcompress.compress.tokens.catalog import TECHNIQUES
-from vcompress.compress.tokens.decide import trials_on, with_readout
+from vcompress.compress.tokens.decide import (
+    NUM_SEARCH_CLIPS,
+    DecidedTokens,
+    refitted_on,
+    trials_on,
+)
 from vcompress.compress.tokens.plan import constant_schedule, section_of
-from vcompress.compress.tokens.readout import apply_readout
+from vcompress.compress.tokens.readout import apply_readout, run_with_features
 from vcompress.compress.tokens.rules import objection_to
 from vcompress.compress.tokens.search import TokenSearch
 from vcompress.compress.tokens.shapes import Candidate, Fitter, Site, starting_shapes
@@ -34,7 +41,7 @@ from vcompress.compress.tokens.trials import Trials
 from vcompress.models.video import VideoModel
 from vcompress.spec.token_section import TokenSection
 
-__all__ = ["measure", "table", "top1_percent"]
+__all__ = ["Scope", "measure", "table", "top1_percent"]
 
 SHARES = (0.75, 0.5, 0.25)
 NUM_CALIBRATION, NUM_TEST = 512, 10_000
@@ -42,83 +49,132 @@ _BATCH_SIZE = 50
 _ATTENTIONS = ("plain", "proportional")
 
 
-def measure(name: str, *, seed: int) -> dict[str, Any]:
-    """All schedules of the module for the reference model `name`."""
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """What of the table is measured, and on how much.
+
+    Attributes:
+        shares: of the operations.
+        schedules: names as in the module; None for all.
+        num_search: clips that schedules are chosen on.
+        num_test: clips that they are judged on, at most as many as there are.
+        num_refit: calibration clips that the readout is refitted on.
+        max_moves: of the search, see `TokenSearch`.
+        seed: of the draws.
+    """
+
+    shares: tuple[float, ...] = SHARES
+    schedules: tuple[str, ...] | None = None
+    num_search: int = NUM_SEARCH_CLIPS
+    num_test: int = NUM_TEST
+    num_refit: int = NUM_CALIBRATION
+    max_moves: int = 50
+    seed: int = 0
+
+    def asks_for(self, name: str) -> bool:
+        """Whether the schedule `name` is among those."""
+        return self.schedules is None or name in self.schedules
+
+
+def measure(name: str, scope: Scope, known: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Schedules of the module for the reference model `name`: the entry after each row.
+
+    Args:
+        name: "penvideo20" or "moving-fashion".
+        scope: what to measure.
+        known: the entry that is stored; rows that were measured on the same clips are kept.
+    """
     from pathlib import Path
 
-    bench = zoo.load(name, Path(), num_calibration=NUM_CALIBRATION, num_test=NUM_TEST)
+    bench = zoo.load(name, Path(), num_calibration=NUM_CALIBRATION, num_test=scope.num_test)
     test = [torch.from_numpy(batch) for batch in bench.test.batches(_BATCH_SIZE)]
     labels = torch.as_tensor(bench.labels)
-    trials = trials_on(bench.model, bench.calibration, seed)
-    baseline = top1_percent(bench.model, test, labels)
-    rows: list[dict[str, Any]] = []
-    for share in SHARES:
-        for row_name, section, seconds in _schedules(trials, share):
+    trials = trials_on(bench.model, bench.calibration, scope.seed, scope.num_search)
+    everything = trials_on(bench.model, bench.calibration, scope.seed, scope.num_refit)
+    entry: dict[str, Any] = {
+        "model": {"name": name, "weights_sha256": bench.model.weights_sha256},
+        "num_test_clips": len(labels), "num_search_clips": trials.num_clips,
+        "num_refit_clips": scope.num_refit, "max_moves": scope.max_moves,
+    }  # fmt: skip
+    same = all(known.get(key) == value for key, value in entry.items())
+    rows = {(row["share"], row["name"]): row for row in known["rows"]} if same else {}
+    baseline = known["baseline_top1_percent"] if same else top1_percent(bench.model, test, labels)
+    for share in scope.shares:
+        for row_name, section, seconds in _schedules(trials, share, scope):
             planned = bench.model.copy()
-            refitted = with_readout(bench.model, section, bench.calibration, seed)
+            refitted = refitted_on(everything, section)
             apply_reduction(planned, section, refitted.tensors)
-            top1 = top1_percent(planned, test, labels)
-            top1_refitted = top1
-            assert refitted.section is not None
-            if refitted.section.readout is not None:
-                apply_readout(planned, refitted.section.readout, refitted.tensors)
-                top1_refitted = top1_percent(planned, test, labels)
-            rows.append({
+            top1, top1_refitted = _judged(planned, refitted, test, labels)
+            rows[share, row_name] = {
                 "share": share, "name": row_name, "top1_percent": top1,
                 "drop_points": baseline - top1,
                 "drop_points_refitted": baseline - top1_refitted,
-                "formula_share": trials_share(trials, section),
+                "formula_share": Fitter(bench.model).share_of(section),
                 "calibration_loss": trials.measure(section).loss, "seconds": seconds,
                 "section": section.as_dict(),
                 "counted_share": (
                     counted_flops(planned) / counted_flops(bench.model)
                     if row_name == "search" else None
                 ),
-            })  # fmt: skip
+            }  # fmt: skip
             print(
                 f"{name} {share} {row_name}: {baseline - top1:.2f}, refitted "
                 f"{baseline - top1_refitted:.2f}",
                 flush=True,
             )
-    return {
-        "model": {"name": name, "weights_sha256": bench.model.weights_sha256},
-        "num_test_clips": len(labels), "num_search_clips": trials.num_clips,
-        "baseline_top1_percent": baseline, "rows": rows,
-    }  # fmt: skip
+            ordered = sorted(rows.values(), key=_order)
+            yield {**entry, "baseline_top1_percent": baseline, "rows": ordered}
 
 
-def _schedules(trials: Trials, share: float) -> list[tuple[str, TokenSection, float | None]]:
+def _judged(
+    planned: VideoModel, refitted: DecidedTokens, test: list[torch.Tensor], labels: torch.Tensor
+) -> tuple[float, float]:
+    """Top-1 of a reduced model, and with its readout refitted, in one run."""
+    assert refitted.section is not None
+    readout = refitted.section.readout
+    if readout is None:
+        top1 = top1_percent(planned, test, labels)
+        return top1, top1
+    features = run_with_features(planned, test, readout)
+    apply_readout(planned, readout, refitted.tensors)
+    again = planned.layer(readout)(features.inputs)
+    return _percent(features.outputs, labels), _percent(again, labels)
+
+
+def _order(row: dict[str, Any]) -> tuple[float, int]:
+    names = ["constant", "tome default", *TECHNIQUES, "search"]
+    return -row["share"], names.index(row["name"])
+
+
+def _schedules(
+    trials: Trials, share: float, scope: Scope
+) -> Iterator[tuple[str, TokenSection, float | None]]:
+    """The search first, as it is what matters most to who stops this early."""
     fitter = Fitter(trials.model)
-    found: list[tuple[str, TokenSection, float | None]] = []
+    if scope.asks_for("search"):
+        started = time.perf_counter()
+        found = TokenSearch(Trials(trials.model, trials.batches), scope.max_moves).at_share(share)
+        yield "search", found.section, time.perf_counter() - started
     constant = {
         attention: section
         for attention in _ATTENTIONS
         if (section := _constant(trials.model, fitter, share, attention)) is not None
     }
-    if constant:
+    if constant and scope.asks_for("constant"):
         best = min(constant.values(), key=lambda section: trials.measure(section).loss)
-        found += [("constant", best, None), ("tome default", constant["proportional"], None)]
-    shape: Candidate | None = None
+        yield "constant", best, None
+    if constant and scope.asks_for("tome default"):
+        yield "tome default", constant["proportional"], None
     for name, technique in TECHNIQUES.items():
-        if technique.is_control or objection_to(trials.model, name) is not None:
+        if not scope.asks_for(name) or objection_to(trials.model, name) is not None:
             continue
-        candidate = _best_shape(trials, fitter, name, share)
+        of_shape = "bipartite" if technique.is_control else name
+        candidate = _best_shape(trials, fitter, of_shape, share)
         if candidate is None:
             continue
-        if name == "bipartite":
-            shape = candidate
-        section = fitter.fit(candidate, share)
-        assert section is not None
-        found.append((name, section, None))
-    for name in ("drop", "random"):
-        if shape is not None and name in TECHNIQUES:
-            section = fitter.fit(shape.with_technique(name, shape.attention), share)
-            if section is not None:
-                found.append((name, section, None))
-    started = time.perf_counter()
-    searched = TokenSearch(Trials(trials.model, trials.batches)).at_share(share)
-    found.append(("search", searched.section, time.perf_counter() - started))
-    return found
+        section = fitter.fit(candidate.with_technique(name, candidate.attention), share)
+        if section is not None:
+            yield name, section, None
 
 
 def _constant(
@@ -152,11 +208,6 @@ def _best_shape(trials: Trials, fitter: Fitter, technique: str, share: float) ->
     return None if best is None else best[1]
 
 
-def trials_share(trials: Trials, section: TokenSection) -> float:
-    """Operations of `section` by the formula, as a share."""
-    return Fitter(trials.model).share_of(section)
-
-
 def counted_flops(model: VideoModel) -> int:
     """Operations of one clip as torch counts them while it runs."""
     # The fused kernels of the CPU are not in its table; their parts are.
@@ -170,8 +221,11 @@ def counted_flops(model: VideoModel) -> int:
 
 def top1_percent(model: VideoModel, batches: list[torch.Tensor], labels: torch.Tensor) -> float:
     """Top-1 on the test clips."""
-    guesses = torch.cat([model(batch).argmax(-1) for batch in batches])
-    return 100 * float((guesses == labels).float().mean())
+    return _percent(torch.cat([model(batch) for batch in batches]), labels)
+
+
+def _percent(outputs: torch.Tensor, labels: torch.Tensor) -> float:
+    return 100 * float((outputs.argmax(-1) == labels).float().mean())
 
 
 def table(entries: dict[str, Any]) -> str:

@@ -24,8 +24,8 @@ from vcompress.spec.errors import InputError
 from vcompress.spec.token_section import TokenSection
 
 __all__ = [
-    "NUM_SEARCH_CLIPS", "DecidedTokens", "decide_tokens", "refused_techniques", "trials_on",
-    "with_readout",
+    "NUM_SEARCH_CLIPS", "DecidedTokens", "decide_tokens", "refitted_on", "refused_techniques",
+    "trials_on", "with_readout",
 ]  # fmt: skip
 
 # A bar in points is read off these: one clip in 64 is 1.6 points.
@@ -85,7 +85,11 @@ def with_readout(
     """`section` fitted to `clips`, with its readout refitted where that helps."""
     if not section.sites:
         return DecidedTokens(replace(section, readout=None), {}, {})
-    trials = trials_on(model, clips, seed, len(clips))
+    return refitted_on(trials_on(model, clips, seed, len(clips)), section)
+
+
+def refitted_on(trials: Trials, section: TokenSection) -> DecidedTokens:
+    """`section` fitted to the clips of `trials`, with its readout refitted where that helps."""
     tensors, found = trials.fitted(section), trials.refitted(section)
     if found is None:
         return DecidedTokens(replace(section, readout=None), tensors, {})

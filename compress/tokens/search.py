@@ -50,10 +50,15 @@ class Found:
 
 
 class TokenSearch:
-    """Searches schedules for one model; see the module."""
+    """Searches schedules for one model; see the module.
 
-    def __init__(self, trials: Trials) -> None:
-        self._trials = trials
+    Args:
+        trials: of the model, on the clips that schedules are judged on.
+        max_moves: schedules that step 3 may try from each of the best.
+    """
+
+    def __init__(self, trials: Trials, max_moves: int = _MAX_MOVES) -> None:
+        self._trials, self._max_moves = trials, max_moves
         self._fitter = Fitter(trials.model)
         self._techniques = tuple(
             name
@@ -151,7 +156,7 @@ class TokenSearch:
 
     def _improved(self, found: Found, share: float, budget: Budget | None = None) -> Found:
         """The first move that helps is made, until none does or `budget` is held."""
-        allowed = self._trials.num_measured + _MAX_MOVES
+        allowed = self._trials.num_measured + self._max_moves
         moved = True
         while moved and self._trials.num_measured < allowed:
             moved = False
