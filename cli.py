@@ -1,8 +1,8 @@
 """The command line. Commands parse and print; everything else is `vcompress.pipeline`.
 
 Standard output carries the result, standard error everything else. Exit codes: 0 done and all
-gates passed, 1 a bug in vcompress, 2 wrong usage or input, 3 the quality bar was missed, 5 this
-machine cannot do it, 6 export or build failed, 130 interrupted.
+gates passed, 1 a bug in vcompress, 2 wrong usage or input, 3 a bar was missed, 4 too noisy
+to tell, 5 this machine cannot do it, 6 export or build failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import click
 
 import vcompress
-from vcompress.commands import cache, export, look, make, run, search
+from vcompress.commands import cache, export, look, make, measure, run, search
 from vcompress.spec.errors import VcompressError
 
 __all__ = ["main"]
@@ -34,6 +34,8 @@ for _command in (
     search.sensitivity, search.tokens, search.latency, cache.cache,
     look.inspect, look.validate, look.doctor,
     run.stream, run.run, export.export,
+    measure.bench, measure.compare,
+    run.stream,
 ):  # fmt: skip
     cli.add_command(_command)
 
@@ -58,8 +60,8 @@ def main() -> None:
     _keep_freed_memory()
     code, message = _run()
     if message is not None:
-        if "--json" in sys.argv and code != 3:
-            # A gate's failure has already printed its report.
+        if "--json" in sys.argv and code not in (3, 4):
+            # A gate has already printed its report.
             print(json.dumps({"schema": 1, "exit_code": code, "error": message}))
         click.echo(f"Error: {message}", err=True)
     sys.exit(code)

@@ -29,7 +29,7 @@ from vcompress.spec.errors import InputError
 from vcompress.validate.gate import Verdict, judge
 from vcompress.validate.metrics import Metrics, compare_outputs, relative_l2
 
-__all__ = ["Validation", "validate"]
+__all__ = ["Validation", "golden_inputs", "validate"]
 
 Array = npt.NDArray[Any]
 _BATCH_SIZE = 16
@@ -107,7 +107,7 @@ def validate(
         session = open_session(_file(artifact, "onnx"))
     with progress.stage("golden clips"):
         golden = np.load(_file(artifact, "golden"), allow_pickle=False)
-        inputs = _golden_inputs(artifact, golden)
+        inputs = golden_inputs(artifact, golden)
         difference = relative_l2(golden["outputs"], run_session(session, inputs))
     quality = artifact.manifest.get("quality", {})
     clips, source = _test_clips(artifact, data)
@@ -144,7 +144,7 @@ def _file(artifact: Artifact, role: str) -> Path:
     return path
 
 
-def _golden_inputs(artifact: Artifact, golden: Mapping[str, Array]) -> Batch | Array:
+def golden_inputs(artifact: Artifact, golden: Mapping[str, Array]) -> Batch | Array:
     """The clips in the file of golden inputs, or the call."""
     if artifact.manifest.get("call") is None:
         return golden[GOLDEN_INPUTS]

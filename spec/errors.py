@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "BuildError",
+    "InconclusiveError",
     "InputError",
     "MissingCapabilityError",
     "QualityGateError",
@@ -31,6 +32,12 @@ class QualityGateError(VcompressError):
     """The result misses the quality bar (exit code 3)."""
 
     exit_code = 3
+
+
+class InconclusiveError(VcompressError):
+    """The measurement is too noisy for a verdict: neither passed nor failed (exit code 4)."""
+
+    exit_code = 4
 
 
 class MissingCapabilityError(VcompressError):

@@ -1,0 +1,103 @@
+"""Commands that measure and compare artifacts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vcompress.commands.options import common
+from vcompress.spec.errors import InconclusiveError, QualityGateError
+
+__all__ = ["bench", "compare"]
+
+_SELFTEST = "selftest"
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--baseline",
+    type=click.Path(path_type=Path),
+    help="The JSON of an earlier run here, or another artifact, timed in the same run.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the run as JSON.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the verdict for CI.")
+@click.option(
+    "--history",
+    type=click.Path(path_type=Path),
+    help="Add a line of JSON to this file, and draw it as an .svg beside it.",
+)
+@click.option(
+    "--runs",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Of selftest: live runs of each kind.",
+)
+@common
+def bench(
+    artifact: Path, baseline: Path | None, output: Path | None, junit: Path | None,
+    history: Path | None, runs: int, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Has ARTIFACT become slower? Exit code 0: no, 3: yes, 4: too noisy to tell.
+
+    Without --baseline the run is only recorded; -o main.json makes it a baseline.
+
+    `vcompress bench selftest` shows that an unchanged program is cleared here, and 5 % found.
+    """
+    from vcompress.terminal.bench import print_bench, print_selftest
+    from vcompress.terminal.console import Console
+
+    console = Console(as_json=as_json, quiet=quiet)
+    if str(artifact) == _SELFTEST:
+        from vcompress.pipeline.bench_selftest import selftest
+
+        if baseline or junit or history:
+            message = "selftest takes --runs and --output only"
+            raise click.UsageError(message)
+        tested = selftest(runs=runs, progress=console)
+        _write(output, tested.as_dict())
+        print_selftest(tested, as_json=as_json)
+        _end(tested.outcome, tested.reason)
+        return
+    from vcompress.pipeline import bench as benchmark
+    from vcompress.validate import bench_files
+
+    run = benchmark.bench(artifact, baseline=baseline, progress=console)
+    data = run.as_dict()
+    _write(output, data)
+    if junit is not None:
+        junit.write_text(bench_files.junit(data), encoding="utf-8")
+    if history is not None:
+        bench_files.append_history(data, history)
+        picture = bench_files.draw_history(bench_files.read_history(history))
+        history.with_suffix(".svg").write_text(picture, encoding="utf-8")
+    print_bench(run, as_json=as_json)
+    if run.verdict is not None:
+        _end(run.verdict.outcome, run.verdict.reason)
+
+
+@click.command()
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@common
+def compare(artifacts: tuple[Path, ...], as_json: bool, quiet: bool) -> None:
+    """ARTIFACTS side by side: size, speed, quality, gate."""
+    del quiet  # there is no progress to be quiet about
+    from vcompress.terminal.compare import print_comparison
+
+    print_comparison(artifacts, as_json=as_json)
+
+
+def _write(path: Path | None, data: object) -> None:
+    from vcompress.spec import strict_json
+
+    if path is not None:
+        path.write_text(strict_json.dump(data), encoding="utf-8")
+
+
+def _end(outcome: str, reason: str) -> None:
+    if outcome == "regression":
+        raise QualityGateError(reason)
+    if outcome == "inconclusive":
+        raise InconclusiveError(reason)
