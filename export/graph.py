@@ -31,7 +31,9 @@ from vcompress.export.trace import quiet, trace
 from vcompress.models.calls import Batch, Call
 from vcompress.spec.errors import BuildError, InputError
 
-__all__ = ["DIALECTS", "GraphFacts", "export_onnx"]
+__all__ = [
+    "DIALECTS", "GraphFacts", "export_onnx", "save_graph", "tidy_graph", "translate_program",
+]  # fmt: skip
 
 DIALECTS: Mapping[str, Dialect] = MappingProxyType(
     {dialect.name: dialect for dialect in (PORTABLE, TENSORRT)}
@@ -106,14 +108,12 @@ def export_onnx(
     _refuse_formats(module, DIALECTS[dialect])
     with quiet():
         traced = trace(module, example, dynamic_batch=dynamic_batch)
-        model = _translate(traced.program, DIALECTS[dialect])
-        signature = traced.program.graph_signature
-        constants = set(signature.non_persistent_buffers)
-        _tidy(model, {*signature.parameters, *signature.buffers}, constants)
+        model = translate_program(traced.program, DIALECTS[dialect])
+        tidy_graph(model, traced.program)
     names = list(example.flat) if isinstance(example, Call) else [input_name]
     _rename(model, names, output_name)
     model.metadata_props.update(metadata)
-    files = _save(model, path)
+    files = save_graph(model, path)
     return GraphFacts(
         files=files,
         dialect=dialect,
@@ -161,7 +161,7 @@ def _opset(program: torch.export.ExportedProgram, dialect: Dialect) -> int:
     )
 
 
-def _translate(program: torch.export.ExportedProgram, dialect: Dialect) -> ir.Model:
+def translate_program(program: torch.export.ExportedProgram, dialect: Dialect) -> ir.Model:
     """The ONNX graph of `program`, as the exporter and the dialect translate it."""
     try:
         exported = torch.onnx.export(
@@ -186,6 +186,13 @@ def _translate(program: torch.export.ExportedProgram, dialect: Dialect) -> ir.Mo
     expand_boolean_where(model)
     dialect.finish(model)
     return model
+
+
+def tidy_graph(model: ir.Model, program: torch.export.ExportedProgram) -> None:
+    """Tidy the graph that `program` was translated to, in place; weights are left alone."""
+    signature = program.graph_signature
+    constants = set(signature.non_persistent_buffers)
+    _tidy(model, {*signature.parameters, *signature.buffers}, constants)
 
 
 def _tidy(model: ir.Model, parameters: set[str], constants: set[str]) -> None:
@@ -251,7 +258,7 @@ def _shape(value: ir.Value) -> tuple[int | str, ...]:
     return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
 
 
-def _save(model: ir.Model, path: Path) -> tuple[Path, ...]:
+def save_graph(model: ir.Model, path: Path) -> tuple[Path, ...]:
     """Write the files beside their place, check them, then put them there."""
     num_bytes = sum(
         weight.const_value.nbytes
