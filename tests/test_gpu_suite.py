@@ -15,15 +15,16 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("vcompress.pipeline.device_timing._SHORTEST", 0.0)
     path = tmp_path / "gpu.json"
-    results = main(["--device", "cpu", "--tiny", "--output", str(path)])
+    main(["--device", "cpu", "--tiny", "--output", str(path)])
     sections = json.loads(path.read_text())["sections"]
-    assert list(sections) == ["parity", "gemm", "wan-1.3b", "cogvideox-2b", "vit-l"]
+    assert list(sections) == ["parity", "gemm", "wan-1.3b", "cogvideox-2b", "vit-l", "quality"]
     assert sections["parity"]["nvfp4"]["values_that_differ"] == 0
     assert sections["parity"]["mxfp8"]["values_that_differ"] == 0
     assert len(sections["gemm"]["rows"]) == 9
-    weights = {
-        way: found["resident_weight_bytes"]
-        for way, found in results["sections"]["wan-1.3b"].items()
-        if isinstance(found, dict)
-    }
-    assert weights["nvfp4 compiled"] < 0.5 * weights["bfloat16"]
+    wan = sections["wan-1.3b"]["ways"]
+    assert wan["nvfp4"]["resident_weight_bytes"] < 0.8 * wan["bfloat16"]["resident_weight_bytes"]
+    assert wan["fp8_channel + cache + tokens"]["skip_rate"] == 0.4
+    assert "call" in sections["vit-l"]["ways"]["fp8_channel + tokens"]
+    trained = sections["quality"]["ways"]
+    assert trained["fp8_channel + cache"]["psnr_db"] > 20
+    assert trained["fp8_channel + cache"]["skip_rate"] == 0.4

@@ -138,8 +138,8 @@ def generate(
     """
     embeddings, negative = _embeddings(prompts)
     output = pipe(
-        prompt_embeds=embeddings,
-        negative_prompt_embeds=negative,
+        prompt_embeds=embeddings.to(pipe.device),
+        negative_prompt_embeds=negative.to(pipe.device),
         generator=_generators(len(prompts), seed),
         num_inference_steps=num_steps,
         guidance_scale=guidance_scale,
