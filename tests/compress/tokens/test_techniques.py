@@ -243,6 +243,29 @@ def test_every_technique_exports(tmp_path: Path, name: str, keep: int) -> None:
         assert not operators & {"TopK", "GatherND", "GatherElements"}
 
 
+class Everything(nn.Module):
+    """All techniques on the same tokens, side by side, so that one engine holds them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centers", fitted(12))
+
+    def forward(self, packed: torch.Tensor) -> torch.Tensor:
+        view, results = made_view(packed), []
+        for technique in TECHNIQUES.values():
+            centers = self.centers if technique.is_fitted else None
+            reducer = technique.reduce(replace(view, centers=centers), 12)
+            merged, sizes = reducer.apply(view.tokens, view.sizes)
+            results += [merged, sizes[..., None].expand_as(merged)]
+        return torch.cat(results, dim=1)
+
+
+def test_every_technique_builds(tmp_path: Path, builds_in_tensorrt: Callable[..., None]) -> None:
+    path = tmp_path / "everything.onnx"
+    export_onnx(Everything(), random_pack(0), path, dialect="portable")
+    builds_in_tensorrt(path)
+
+
 @pytest.mark.parametrize(("name", "keep"), [("bipartite", 5), ("places", 8), ("frames", 12)])
 def test_the_way_back_exports(tmp_path: Path, name: str, keep: int) -> None:
     module = Packed(lambda view: TECHNIQUES[name].reduce(view, keep), restores=True)
