@@ -35,8 +35,10 @@ def test_no_reduction_changes_no_bit(tiny: Tiny, family: str) -> None:
     assert torch.equal(planned(model.example(2)), model(model.example(2)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", list(ATTENTIONS))
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("videomae", "proportional"), ("vivit", "plain"), ("vivit", "proportional_fused")],
+)
 def test_reduced_models_export_match_and_build(
     tiny: Tiny, tmp_path: Path, builds_in_tensorrt: Callable[..., None], family: str,
     attention: str,
@@ -54,7 +56,7 @@ def test_reduced_models_export_match_and_build(
         assert not torch.equal(expected, model(clips))
         assert np.allclose(session.run(clips.numpy()), expected.numpy(), atol=1e-5)
     assert not {node.op_type for node in onnx.load(path).graph.node} & FORBIDDEN
-    if attention == "proportional":
+    if attention != "plain":
         builds_in_tensorrt(path)
 
 
