@@ -196,5 +196,4 @@ def test_it_exports_matches_and_builds(
         assert not torch.allclose(expected, model(clips), atol=1e-4)
         assert np.allclose(session.run(clips.numpy()), expected.numpy(), atol=1e-5)
     assert not {node.op_type for node in onnx.load(path).graph.node} & FORBIDDEN
-    if attention == "plain":
-        builds_in_tensorrt(path)
+    builds_in_tensorrt(path)
