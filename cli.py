@@ -34,7 +34,7 @@ for _command in (
     search.sensitivity, search.tokens, search.latency, cache.cache,
     look.inspect, look.validate, look.doctor,
     run.stream, run.run, export.export,
-    measure.bench, measure.compare,
+    measure.bench, measure.compare, measure.profile,
     run.stream,
 ):  # fmt: skip
     cli.add_command(_command)

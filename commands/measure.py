@@ -1,15 +1,16 @@
-"""Commands that measure and compare artifacts."""
+"""Commands that measure and compare models and artifacts."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from vcompress.commands.options import common
+from vcompress.commands.options import common, load_options, model_options
 from vcompress.spec.errors import InconclusiveError, QualityGateError
 
-__all__ = ["bench", "compare"]
+__all__ = ["bench", "compare", "profile"]
 
 _SELFTEST = "selftest"
 
@@ -87,6 +88,40 @@ def compare(artifacts: tuple[Path, ...], as_json: bool, quiet: bool) -> None:
     from vcompress.terminal.compare import print_comparison
 
     print_comparison(artifacts, as_json=as_json)
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Clips of a call."
+)
+@click.option(
+    "--calib", metavar="PATH", help="For a denoiser: a file of calls, for the shapes of its inputs."
+)
+@click.option(
+    "--layers", default=12, show_default=True, type=click.IntRange(0), help="Longest layers shown."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write it as JSON.")
+@model_options
+@common
+def profile(
+    model: str, batch_size: int, calib: str | None, layers: int, output: Path | None,
+    as_json: bool, quiet: bool, **values: Any,
+) -> None:  # fmt: skip
+    """Where the time of MODEL goes, and what each technique could save at most."""
+    from dataclasses import replace
+
+    from vcompress.pipeline.profile import profile_model
+    from vcompress.terminal.console import Console
+    from vcompress.terminal.profile import print_profile
+
+    load = load_options(values)
+    if calib is not None:
+        load = replace(load, calls=Path(calib))
+    console = Console(as_json=as_json, quiet=quiet)
+    found = profile_model(model, batch_size=batch_size, load=load, progress=console)
+    _write(output, found.as_dict())
+    print_profile(found, num_layers=layers, as_json=as_json)
 
 
 def _write(path: Path | None, data: object) -> None:
