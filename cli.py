@@ -34,8 +34,7 @@ for _command in (
     search.sensitivity, search.tokens, search.latency, cache.cache,
     look.inspect, look.validate, look.doctor,
     run.stream, run.run, export.export,
-    measure.bench, measure.compare, measure.profile,
-    run.stream,
+    measure.bench, measure.compare, measure.profile, measure.bisect,
 ):  # fmt: skip
     cli.add_command(_command)
 

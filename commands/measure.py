@@ -10,7 +10,7 @@ import click
 from vcompress.commands.options import common, load_options, model_options
 from vcompress.spec.errors import InconclusiveError, QualityGateError
 
-__all__ = ["bench", "compare", "profile"]
+__all__ = ["bench", "bisect", "compare", "profile"]
 
 _SELFTEST = "selftest"
 
@@ -122,6 +122,42 @@ def profile(
     found = profile_model(model, batch_size=batch_size, load=load, progress=console)
     _write(output, found.as_dict())
     print_profile(found, num_layers=layers, as_json=as_json)
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("model")
+@click.option(
+    "--onnx", type=click.Path(path_type=Path), help="Look at this file in place of the artifact's."
+)
+@model_options
+@common
+def bisect(
+    artifact: Path, model: str, onnx: Path | None, as_json: bool, quiet: bool, **values: Any
+) -> None:
+    """Find the layer at which the graph of ARTIFACT departs from MODEL under its plan.
+
+    Exit code 0: nowhere, up to rounding ties; 3: the first layer is printed.
+    """
+    import json
+
+    from vcompress.pipeline.bisect import bisect as find
+    from vcompress.terminal.console import Console
+
+    console = Console(as_json=as_json, quiet=quiet)
+    found = find(artifact, model, onnx=onnx, load=load_options(values), progress=console)
+    if as_json:
+        print(json.dumps(found.as_dict(), allow_nan=False))
+    else:
+        for name in found.changed:
+            print(f"changed    {name} is not the file that the manifest describes")
+        for each in found.location.departures:
+            print(f"departs    {each}")
+        print(f"outputs    relative L2 difference {found.relative_l2:.1e}")
+    if found.departs:
+        raise QualityGateError(found.reason)
+    if not as_json:
+        print(f"right      {found.reason}")
 
 
 def _write(path: Path | None, data: object) -> None:

@@ -3,17 +3,14 @@
 What: two correct kernels differ in the last bits of float32. A quantizer turns such a difference
 into a whole step wherever a value lies between two codes, and deeper layers turn one step into
 many. So outputs of a right and of a wrong export can be equally far apart. Here torch runs again
-with each quantized layer fed the codes that ONNX Runtime chose: what remains is the difference of
-one stretch of floating-point arithmetic at a time, and every code that torch would have chosen
-otherwise is counted and checked to lie on a tie.
-Source: ours; the idea of feeding back the other side's choices is teacher forcing (Williams and
-Zipser, 1989).
+with each quantized layer fed the codes that ONNX Runtime chose (see `replay`): what remains is the
+difference of one stretch of floating-point arithmetic at a time, and every code that torch would
+have chosen otherwise is counted and checked to lie on a tie.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,30 +21,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vcompress.compress.attention_products import FIRST_OPERAND, AttentionProducts
 from vcompress.compress.attention_sites import products_of
 from vcompress.compress.frozen import FrozenLayer
 from vcompress.export.readback import read_precision
+from vcompress.export.replay import Count, Operands, forced_layers, forced_products
 from vcompress.export.runtime import run_with_internal_values
 from vcompress.models.calls import Batch, Call, as_batch, named_arrays
 from vcompress.spec.formats import FORMATS
 
-__all__ = ["Ties", "count_ties"]
+__all__ = ["Ties", "count_ties", "run_with_codes"]
 
 _ROUNDED = ("int8", "fp8")
 # Largest relative L2 difference that floating-point arithmetic may cause.
 _FLOAT_TOLERANCE = 1e-5
-# What the two products of one attention compute with, by operand.
-Operands = Mapping[str, torch.Tensor]
-
-# A value is taken for a tie if moving it by this share of the tensor's largest magnitude reaches
-# the other code: far more than the rounding error of float32, far less than a step.
-_NUDGE = 1e-5
-# Codes of a token or block are multiplied by a scale that may differ in its last bits, if it is
-# computed on the way; neighbouring codes are farther apart than this share of their value.
-_SAME_CODE = 1e-5
-# One of four brings two values together; all of these miss them once in ten thousand times.
-_RANDOM_NUDGES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +72,6 @@ class Ties:
         )
 
 
-@dataclass
-class _Count:
-    """Values of one layer's inputs."""
-
-    values: int = 0
-    differing: int = 0
-    unexplained: int = 0
-
-
 def count_ties(module: nn.Module, path: Path, x: Batch | NDArray[Any]) -> Ties:
     """Compare `module` with its portable ONNX file `path` on the input `x`.
 
@@ -109,11 +86,11 @@ def count_ties(module: nn.Module, path: Path, x: Batch | NDArray[Any]) -> Ties:
     }
     attentions = products_of(module)
     batch = as_batch(x)
-    output, codes, operands = _run_with_codes(path, batch, frozen, bool(attentions))
-    counts = {name: _Count() for name in (*codes, *attentions)}
+    output, codes, operands = run_with_codes(path, batch, frozen, bool(attentions))
+    counts = {name: Count() for name in (*codes, *attentions)}
     with (
-        _forced({name: frozen[name] for name in codes}, codes, counts),
-        _forced_products(attentions, operands, counts),
+        forced_layers({name: frozen[name] for name in codes}, codes, counts),
+        forced_products(attentions, operands, counts),
         torch.inference_mode(),
     ):
         forced = module(batch.flat if isinstance(batch, Call) else batch).float().numpy()
@@ -129,7 +106,7 @@ def count_ties(module: nn.Module, path: Path, x: Batch | NDArray[Any]) -> Ties:
     )
 
 
-def _run_with_codes(
+def run_with_codes(
     path: Path, x: Batch, names: Container[str], with_products: bool
 ) -> tuple[NDArray[Any], dict[str, list[torch.Tensor]], list[Operands]]:
     """The output of the file, and what it rounded to.
@@ -163,105 +140,3 @@ def _run_with_codes(
         for scores, mixed in pairs
     ]  # fmt: skip
     return values[graph.output[0].name], codes, operands
-
-
-@contextlib.contextmanager
-def _forced(
-    layers: Mapping[str, FrozenLayer],
-    codes: Mapping[str, list[torch.Tensor]],
-    counts: Mapping[str, _Count],
-) -> Iterator[None]:
-    """Let `layers` compute with `codes`; count what they would have done otherwise."""
-
-    def replacement(name: str, layer: FrozenLayer) -> Callable[[torch.Tensor], torch.Tensor]:
-        original = layer.quantized_input
-        queue = iter(codes[name])
-
-        def quantized_input(x: torch.Tensor) -> torch.Tensor:
-            theirs = next(queue)
-            _compare(original, x, theirs, counts[name])
-            return theirs
-
-        return quantized_input
-
-    try:
-        for name, layer in layers.items():
-            # An attribute of the instance hides the method of its class.
-            layer.__dict__["quantized_input"] = replacement(name, layer)
-        yield
-    finally:
-        for layer in layers.values():
-            layer.__dict__.pop("quantized_input", None)
-
-
-@contextlib.contextmanager
-def _forced_products(
-    attentions: Mapping[str, AttentionProducts], operands: list[Operands],
-    counts: Mapping[str, _Count],
-) -> Iterator[None]:  # fmt: skip
-    """The same for `attentions`, of which each call takes the next of `operands`."""
-    queue = iter(operands)
-
-    def replacement(
-        name: str, products: AttentionProducts
-    ) -> Callable[[str, torch.Tensor], torch.Tensor]:
-        original = products.rounded
-        current: list[Operands] = []
-
-        def rounded(operand: str, x: torch.Tensor) -> torch.Tensor:
-            if operand == FIRST_OPERAND:
-                current[:] = [next(queue)]
-            theirs = current[0][operand]
-            _compare(lambda values: original(operand, values), x, theirs, counts[name])
-            return theirs
-
-        return rounded
-
-    try:
-        for name, products in attentions.items():
-            products.__dict__["rounded"] = replacement(name, products)
-        yield
-    finally:
-        for products in attentions.values():
-            products.__dict__.pop("rounded", None)
-
-
-def _compare(
-    quantize: Callable[[torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
-    theirs: torch.Tensor,
-    count: _Count,
-) -> None:
-    """Add to `count` where `theirs` is not what `quantize` makes of `x`."""
-    own = quantize(x)
-    count.values += own.numel()
-    epsilon = torch.finfo(x.dtype).eps
-    differing = ~torch.isclose(own, theirs, rtol=max(_SAME_CODE, 2 * epsilon), atol=0.0)
-    num_differing = int(differing.sum())
-    if not num_differing:
-        return
-    count.differing += num_differing
-    share = max(_NUDGE, 4 * epsilon)
-    step = share * x.abs().max() * torch.where(x < 0, -1.0, 1.0).to(x.dtype)
-    # By as much as a scale may differ.
-    slack = _SAME_CODE * theirs.abs()
-    low = high = own
-    for signs in _nudges(x):
-        moved = quantize(x + signs * step)
-        low, high = torch.minimum(low, moved), torch.maximum(high, moved)
-        left = differing & ~((low <= theirs + slack) & (theirs - slack <= high))
-        if not left.any():
-            return
-    count.unexplained += int(left.sum())
-
-
-def _nudges(x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Away from zero and toward it, so that the block scales of NVFP4 move both ways as well.
-
-    Then at random, since a value may go one way while the largest of its block goes the other.
-    """
-    yield torch.ones((), dtype=x.dtype)
-    yield -torch.ones((), dtype=x.dtype)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(_RANDOM_NUDGES):
-        yield torch.randint(0, 2, x.shape, generator=generator).to(x.dtype) * 2 - 1

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vcompress.calib.calls import Samples
+from vcompress.export.locate import locate
 from vcompress.export.runtime import Session
 from vcompress.export.ties import count_ties
 from vcompress.models.calls import Batch, Call, equal_batches, named_arrays
@@ -99,10 +100,14 @@ def parity_of(
         equal=equal_batches,
     )
     if result.verdict == "fail":
+        first = None
+        if quantized_path is not None:
+            first = locate(PrimaryOutput(model.module, probes[0]), quantized_path, probes[0]).first
         message = (
             f"{name} does not compute what its module computes: relative L2 difference "
             f"{result.relative_l2_max:.2e}, allowed {tolerance:.0e}"
-            f"{'' if tie_tolerance is None else ', and it is not explained by rounding ties'}; "
+            f"{'' if tie_tolerance is None else ', and it is not explained by rounding ties'}"
+            f"{'' if first is None else f'; it departs first at {first}'}; "
             "this is a fault of the export, please report it with the model's architecture"
         )
         raise BuildError(message)
