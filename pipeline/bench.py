@@ -46,7 +46,7 @@ from vcompress.validate.regression import (
     verdict,
 )
 
-__all__ = ["Arm", "Benchmark", "arm_of", "bench", "measure_arms"]
+__all__ = ["Arm", "Benchmark", "arm_of", "bench", "measure_arms", "measure_pairs"]
 
 _CONTROL_PAIRS = 3
 _CONTROL_LIMIT = math.log(1.025)
@@ -194,7 +194,7 @@ def _comparable(result: Benchmark, stored: dict[str, Any]) -> Benchmark:
 
 def _controlled(found: RegressionVerdict, arm: Arm, progress: Progress) -> RegressionVerdict:
     """The regression, unless the machine sees one in a program against itself, too."""
-    control = estimate(_pairs(arm, arm, _CONTROL_PAIRS, progress, "control"))
+    control = estimate(measure_pairs(arm, arm, _CONTROL_PAIRS, progress, "control"))
     if abs(control.log_ratio) <= _CONTROL_LIMIT:
         return found
     reason = (
@@ -244,7 +244,9 @@ def measure_arms(
     quads = np.empty((0, NUM_QUADS))
     for look in looks:
         wanted = look - len(quads)
-        quads = np.concatenate([quads, _pairs(old, new, wanted, progress, "process pairs")])
+        quads = np.concatenate(
+            [quads, measure_pairs(old, new, wanted, progress, "process pairs", first=len(quads))]
+        )
         found = estimate(quads)
         outcome = judge(found, look == looks[-1])
         if outcome is not None:
@@ -253,10 +255,18 @@ def measure_arms(
     raise AssertionError(message)
 
 
-def _pairs(old: Arm, new: Arm, count: int, progress: Progress, name: str) -> NDArray[np.float64]:
+def measure_pairs(
+    old: Arm, new: Arm, count: int, progress: Progress, name: str, *, first: int = 0
+) -> NDArray[np.float64]:
+    """Differences of quads `[count, quads]`, a row a fresh process pair, in logarithms.
+
+    Args:
+        name: of the stage that `progress` is told of.
+        first: number of the first pair; cores take turns by it.
+    """
     rows = []
     with progress.stage(name, count) as advance:
-        for index in range(count):
+        for index in range(first, first + count):
             rows.append(_pair(old, new, index))
             advance(1)
     return np.array(rows)

@@ -1,79 +1,182 @@
-"""The report of a cache: where it reused, and what the clips look like, one self-contained page."""
+"""The report of a cache: what it is worth, what the clips look like, and where it reused.
+
+One self-contained page in the style of the report of an artifact; see `validate.html`.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+import vcompress
 from vcompress.compress.cache import CacheReport
+from vcompress.pipeline.cache_search import Trial
 from vcompress.spec.errors import MissingCapabilityError
 from vcompress.validate.frames import Frames
+from vcompress.validate.html import render_page
+from vcompress.validate.latency import describe_device
 
 if TYPE_CHECKING:
     from vcompress.pipeline.cache import CacheFound
 
-__all__ = ["hit_map", "side_by_side", "strip", "write_report"]
+__all__ = ["AMPLIFIED", "hit_map", "side_by_side", "strip", "write_report"]
 
+# How much larger a difference is shown than it is.
+AMPLIFIED = 8
 _SHOWN_FRAMES = 8
 _MILLISECONDS_A_FRAME = 120
 _LEAST_HEIGHT = 144
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;"
-    "color:#1c1c1c}img{max-width:100%;image-rendering:pixelated}td,th{padding:.2rem .8rem;"
-    "text-align:right}td:first-child,th:first-child{text-align:left}.missed{color:#b00020}"
-)
+_LEVELS = 10
+_ROW_PIXELS = (8, 26)
+_MAP_PIXELS = 320
+_METRICS = {"psnr_db": ("PSNR", " dB"), "ssim": ("SSIM", "")}
 
 
 def write_report(found: CacheFound, path: Path) -> None:
     """Write the page to `path`.
 
     Raises:
-        MissingCapabilityError: matplotlib or Pillow is not installed.
+        MissingCapabilityError: Jinja2 or Pillow is not installed.
     """
-    assert found.held_out is not None
+    path.write_text(render_page("cache.html.j2", _view(found)), encoding="utf-8")
+
+
+def _view(found: CacheFound) -> dict[str, Any]:
+    """Texts, positions and pictures of the page."""
     trial = found.held_out
-    rows = "".join(
-        f"<tr><td>{html.escape(case.name)}<td>{psnr:.2f}<td>{like:.4f}<td>{speed:.2f}x"
-        for case, psnr, like, speed in zip(
-            found.cases, trial.psnr_db, trial.ssim, found.speed, strict=True
+    assert trial is not None
+    assert found.section is not None
+    what, unit = _METRICS[found.bar.metric]
+    target = f"{what} of {found.bar.least:g}{unit}"
+    seen = "a clip" if len(found.cases) == 1 else f"{len(found.cases)} clips"
+    return {
+        "title": f"{found.name} \u2192 {trial.section.policy.replace('_', ' ')} cache",
+        "version": vcompress.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "verdict": {
+            "word": "Holds" if found.holds else "Missed",
+            "symbol": "\u2713" if found.holds else "\u2715",
+            "kind": "pass" if found.holds else "fail",
+            "reason": f"A mean {target} was asked for; on {seen} that the search never saw it is "
+            f"{np.mean(trial.values(found.bar.metric)):.4g}{unit}.",
+        },
+        "tiles": _tiles(found, trial),
+        "notes": list(trial.report.notes),
+        "amplified": AMPLIFIED,
+        "clips": [
+            {
+                "name": case.name, "psnr": f"{psnr:.2f}", "ssim": f"{like:.4f}",
+                "speed": f"{speed:.2f}\u00d7",
+                "video": _picture(side_by_side(full, clip, difference=True)),
+                "frames": _picture(strip(full, clip, difference=True)),
+            }
+            for case, full, clip, psnr, like, speed in zip(
+                found.cases, found.full, trial.clips, trial.psnr_db, trial.ssim, found.speed,
+                strict=True,
+            )
+        ],
+        "map": _map(trial.report),
+        "families": [
+            {
+                "name": one.name, "tried": one.num_trials,
+                "chosen": one.best is not None and one.best.section == found.section,
+                "reused": one.best and f"{one.best.report.skip_rate:.1%}",
+                "psnr": one.best and f"{np.mean(one.best.psnr_db):.2f}",
+                "ssim": one.best and f"{np.mean(one.best.ssim):.4f}",
+            }
+            for one in found.families
+        ],
+        "code": f'handle = vcompress.cached(pipe, "{found.path or "cache.json"}")',
+        "facts": _facts(found),
+    }  # fmt: skip
+
+
+def _tiles(found: CacheFound, trial: Trial) -> list[dict[str, str]]:
+    def lowest(values: Sequence[float], form: str) -> str:
+        if len(values) == 1:
+            return "of one held-out clip"
+        return f"mean of {len(values)} held-out clips, lowest {min(values):{form}}"
+
+    return [
+        {"label": "PSNR", "value": f"{np.mean(trial.psnr_db):.2f}", "unit": "dB",
+         "note": lowest(trial.psnr_db, ".2f")},
+        {"label": "SSIM", "value": f"{np.mean(trial.ssim):.4f}", "unit": "",
+         "note": lowest(trial.ssim, ".4f")},
+        {"label": "Reused", "value": f"{100 * trial.report.skip_rate:.1f}", "unit": "%",
+         "note": f"of block calls over {found.num_steps} steps; "
+         f"{trial.report.state_bytes / 2**20:.1f} MiB kept"},
+        {"label": "Speed", "value": f"{np.mean(found.speed):.2f}\u00d7", "unit": "",
+         "note": "wall clock here, full and cached in turn"},
+    ]  # fmt: skip
+
+
+def _facts(found: CacheFound) -> list[dict[str, Any]]:
+    assert found.section is not None
+    settings = found.section.as_dict()
+    shown = {
+        name: ", ".join(f"{each:.4g}" for each in value) if isinstance(value, list) else value
+        for name, value in settings.items()
+        if name != "blocks" and value not in (None, [])
+    }
+    device = describe_device(torch.get_num_threads())
+    groups = {
+        "Settings": shown,
+        "Machine": {
+            "cpu": device["cpu"], "threads": device["num_threads"],
+            "load average 1min": device["load_average_1min"],
+        },
+        "Versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }  # fmt: skip
+    return [
+        {
+            "title": title,
+            "rows": [{"key": key.replace("_", " "), "value": str(value)}
+                     for key, value in rows.items()],
+        }
+        for title, rows in groups.items()
+    ]  # fmt: skip
+
+
+def _map(report: CacheReport) -> dict[str, Any]:
+    """The share of reused calls, a row a block and a column a step, as paths of one shade each."""
+    rate = _rate(report)
+    num_blocks, num_steps = rate.shape
+    levels = np.round(_LEVELS * rate)
+    drawn = []
+    for level in (0, *range(1, _LEVELS + 1)):
+        rows, columns = np.nonzero(levels == level)
+        path = "".join(
+            f"M{step}.05 {block}.08h.9v.84h-.9z" for block, step in zip(rows, columns, strict=True)
         )
-    )
-    pictures = "".join(
-        f"<h3>{html.escape(case.name)}: {psnr:.2f} dB</h3>"
-        f"{_image(strip(full, clip), 'png', 'frames: full above, cached below')}"
-        f"<p>{_image(side_by_side(full, clip), 'webp', 'video: full left, cached right')}"
-        for case, full, clip, psnr in zip(
-            found.cases, found.full, trial.clips, trial.psnr_db, strict=True
-        )
-    )
-    families = "".join(
-        f"<tr><td>{html.escape(one.name)}<td>-<td>-"
-        if one.best is None
-        else f"<tr><td>{html.escape(one.name)}<td>{one.best.report.skip_rate:.1%}"
-        f"<td>{np.mean(one.best.psnr_db):.2f}"
-        for one in found.families
-    )
-    verdict = "holds" if found.holds else "missed"
-    notes = "".join(f"<li>{html.escape(note)}" for note in trial.report.notes)
-    page = (
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(found.name)}: cache</title>"
-        f"<style>{_STYLE}</style><h1>{html.escape(found.name)}: {trial.section.policy}</h1>"
-        f"<p class={verdict}>Target {verdict}: {html.escape(found.reason)}.</p>"
-        f"<p>{trial.report.skip_rate:.1%} of block calls reused over {found.num_steps} steps, "
-        f"{trial.report.state_bytes / 2**20:.1f} MiB kept.</p><ul>{notes}</ul>"
-        "<h2>Held-out clips</h2><table><tr><th>clip<th>PSNR dB<th>SSIM<th>speed-up"
-        f"{rows}</table><h2>What was reused</h2>"
-        f"{_image(hit_map(trial.report), 'png', 'hit rate by block and step')}"
-        f"<h2>Full and cached</h2>{pictures}<h2>All families on the calibration clips</h2>"
-        f"<table><tr><th>family<th>reused<th>PSNR dB{families}</table>"
-    )
-    path.write_text(page, encoding="utf-8")
+        if path:
+            opacity = 1 if level in (0, _LEVELS) else round(level / _LEVELS, 2)
+            drawn.append({"reached": level > 0, "opacity": opacity, "path": path})
+    least, most = _ROW_PIXELS
+    every = max(1, num_steps // 10)
+    return {
+        "about": f"A row a block, from {report.blocks[0]} above to {report.blocks[-1]} below; a "
+        f"column a step: {report.skip_rate:.1%} of {int(report.calls.sum()):,} calls were reused.",
+        "width": num_steps, "height": num_blocks, "levels": drawn,
+        "pixels": num_blocks * min(most, max(least, _MAP_PIXELS // num_blocks)),
+        "ticks": [
+            {"at": round(100 * (step + 0.5) / num_steps, 2), "text": str(step)}
+            for step in range(0, num_steps, every)
+        ],
+    }  # fmt: skip
+
+
+def _rate(report: CacheReport) -> NDArray[np.float64]:
+    """The share of reused calls `[blocks, steps]`; nan where the model never came."""
+    return np.where(report.calls > 0, report.hits / np.maximum(report.calls, 1), np.nan)
 
 
 def hit_map(report: CacheReport) -> bytes:
@@ -83,10 +186,9 @@ def hit_map(report: CacheReport) -> bytes:
     except ImportError as error:
         message = "the map of a cache needs matplotlib: pip install matplotlib"
         raise MissingCapabilityError(message) from error
-    rate = np.where(report.calls > 0, report.hits / np.maximum(report.calls, 1), np.nan)
     figure = Figure(figsize=(10, 1.6 + 0.18 * len(report.blocks)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(rate, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+    image = axes.imshow(_rate(report), aspect="auto", vmin=0, vmax=1, cmap="viridis")
     every = max(1, len(report.blocks) // 20)
     axes.set_yticks(range(0, len(report.blocks), every), report.blocks[::every], fontsize=7)
     axes.set_xlabel("step")
@@ -97,26 +199,44 @@ def hit_map(report: CacheReport) -> bytes:
     return stream.getvalue()
 
 
-def strip(full: Frames, candidate: Frames) -> bytes:
-    """Frames in a row, of the full model above and of the cached one below, as PNG."""
+def strip(full: Frames, candidate: Frames, *, difference: bool = False) -> bytes:
+    """Frames in a row, of the full model above and of the cached one below, as PNG.
+
+    Args:
+        difference: the amplified difference stands below them.
+    """
     chosen = np.linspace(0, len(full) - 1, min(_SHOWN_FRAMES, len(full))).round().astype(int)
-    rows = [np.concatenate(list(_pixels(clip[chosen])), axis=1) for clip in (full, candidate)]
+    rows = [
+        np.concatenate(list(clip[chosen]), axis=1)
+        for clip in _shown(full, candidate, difference=difference)
+    ]
     stream = io.BytesIO()
-    _picture(np.concatenate(rows, axis=0)).save(stream, format="PNG")
+    _image(np.concatenate(rows, axis=0)).save(stream, format="PNG")
     return stream.getvalue()
 
 
-def side_by_side(full: Frames, candidate: Frames) -> bytes:
-    """A looping video, the full model left and the cached one right, as animated WebP."""
-    both = np.concatenate([_pixels(full), _pixels(candidate)], axis=2)
-    scale = max(1, -(-_LEAST_HEIGHT // both.shape[1]))
-    frames = [_picture(frame.repeat(scale, 0).repeat(scale, 1)) for frame in both]
+def side_by_side(full: Frames, candidate: Frames, *, difference: bool = False) -> bytes:
+    """A looping video, the full model left and the cached one right, as animated WebP.
+
+    Args:
+        difference: the amplified difference stands to the right of them.
+    """
+    together = np.concatenate(_shown(full, candidate, difference=difference), axis=2)
+    scale = max(1, -(-_LEAST_HEIGHT // together.shape[1]))
+    frames = [_image(frame.repeat(scale, 0).repeat(scale, 1)) for frame in together]
     stream = io.BytesIO()
     frames[0].save(
         stream, format="WEBP", save_all=True, append_images=frames[1:],
         duration=_MILLISECONDS_A_FRAME, loop=0, lossless=True,
     )  # fmt: skip
     return stream.getvalue()
+
+
+def _shown(full: Frames, candidate: Frames, *, difference: bool) -> list[NDArray[np.uint8]]:
+    clips = [_pixels(full), _pixels(candidate)]
+    if difference:
+        clips.append(_pixels(0.5 + AMPLIFIED * (candidate - full)))
+    return clips
 
 
 def _pixels(clip: Frames) -> NDArray[np.uint8]:
@@ -126,7 +246,7 @@ def _pixels(clip: Frames) -> NDArray[np.uint8]:
     return pixels
 
 
-def _picture(pixels: NDArray[np.uint8]) -> Any:
+def _image(pixels: NDArray[np.uint8]) -> Any:
     try:
         from PIL import Image
     except ImportError as error:
@@ -135,6 +255,9 @@ def _picture(pixels: NDArray[np.uint8]) -> Any:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _image(data: bytes, kind: str, text: str) -> str:
-    coded = base64.b64encode(data).decode("ascii")
-    return f'<img alt="{text}" src="data:image/{kind};base64,{coded}">'
+def _picture(data: bytes) -> dict[str, Any]:
+    """A picture in the page, and its size, so that the page does not jump."""
+    from PIL import Image
+
+    width, height = Image.open(io.BytesIO(data)).size
+    return {"data": base64.b64encode(data).decode("ascii"), "width": width, "height": height}

@@ -7,13 +7,15 @@ autoescaping; nothing is marked safe.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vcompress.spec.errors import MissingCapabilityError
 from vcompress.validate.html_view import make_view
 from vcompress.validate.report_types import Report
 
-__all__ = ["render_html"]
+__all__ = ["render_html", "render_page"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -30,6 +32,15 @@ def render_html(report: Report) -> str:
     Raises:
         MissingCapabilityError: Jinja2 is not installed.
     """
+    return render_page("report.html.j2", make_view(report))
+
+
+def render_page(template: str, view: Mapping[str, Any]) -> str:
+    """The text of a page: what `view` says, in a template of this package.
+
+    Raises:
+        MissingCapabilityError: Jinja2 is not installed.
+    """
     try:
         import jinja2
     except ImportError as error:
@@ -42,4 +53,4 @@ def render_html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(make_view(report)) + "\n"
+    return environment.get_template(template).render(view) + "\n"

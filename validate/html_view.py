@@ -201,7 +201,7 @@ def _tokens(report: Report) -> dict[str, Any] | None:
         "techniques": ", ".join(name.replace("_", " ") for name in used) or "none",
         "sites": sites,
         "attention": tokens["attention"].replace("_", " "),
-        "operations": f"{100 * tokens['flop_share']:.1f} %",
+        "operations": f"{100 * tokens['flop_share']:.1f}\u00a0%",
         "first": f"{first:,}", "last": f"{last:,}",
         "change": minus(change_percent(first, last)),
         "bars": [{**bar, "x": round(i * (100 + gap) / len(bars), 3)} for i, bar in enumerate(bars)],

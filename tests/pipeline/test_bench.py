@@ -26,7 +26,7 @@ def recorded() -> Benchmark:
 
 
 def test_fresh_processes_time_the_yardstick_with_more_work() -> None:
-    rows = bench._pairs(
+    rows = bench.measure_pairs(
         Arm(block_seconds=0.002), Arm(repeat=200, block_seconds=0.002), 1, Silent(), "pair"
     )
     assert rows.shape == (1, 10)
@@ -37,7 +37,7 @@ def test_fresh_processes_time_the_yardstick_with_more_work() -> None:
 def test_a_process_that_ends_early_says_why(tmp_path: Path) -> None:
     missing = Arm(onnx=tmp_path / "none.onnx", inputs=tmp_path / "none.npz")
     with pytest.raises(BuildError, match=r"none\.onnx is not a file"):
-        bench._pairs(missing, Arm(), 1, Silent(), "pair")
+        bench.measure_pairs(missing, Arm(), 1, Silent(), "pair")
 
 
 def test_a_recorded_run_is_a_baseline_and_a_comparison_is_none(
