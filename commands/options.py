@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bar_options", "common", "load_options", "model_options", "plan_options", "proof_options",
+    "speed_option",
 ]  # fmt: skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -224,6 +225,14 @@ bar_options = _with_options(
     ),
 )
 
+speed_option = click.option(
+    "--min-speedup",
+    type=click.FloatRange(0, min_open=True),
+    metavar="TIMES",
+    help="The bar for the speed, e.g. 1.5: exits with 3 unless the artifact is so many times as "
+    "fast as the baseline on a core of this machine. Takes a minute.",
+)
+
 proof_options = _with_options(
     click.option(
         "--data",
@@ -238,6 +247,7 @@ proof_options = _with_options(
         help="Test clips, at most.",
     ),
     bar_options,
+    speed_option,
     click.option(
         "--engine/--no-engine",
         default=True,

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from vcompress.export.runtime import open_session
 from vcompress.export.timing_worker import YARDSTICK
-from vcompress.models.calls import named_arrays
-from vcompress.pipeline.revalidate import golden_inputs
+from vcompress.models.calls import Batch, Call, named_arrays
+from vcompress.pipeline.golden import golden_inputs
 from vcompress.pipeline.run import Progress, Silent
 from vcompress.spec import strict_json
 from vcompress.spec.artifact import Artifact, sha256_of
@@ -46,7 +46,7 @@ from vcompress.validate.regression import (
     verdict,
 )
 
-__all__ = ["Arm", "Benchmark", "arm_of", "bench", "measure_arms", "measure_pairs"]
+__all__ = ["Arm", "Benchmark", "arm_of", "bench", "graph_arm", "measure_arms", "measure_pairs"]
 
 _CONTROL_PAIRS = 3
 _CONTROL_LIMIT = math.log(1.025)
@@ -222,8 +222,13 @@ def arm_of(path: Path, inputs: Path) -> Arm:
             raise InputError(message)
     with np.load(golden, allow_pickle=False) as archive:
         batch = golden_inputs(artifact, archive)
+    return graph_arm(onnx, batch, inputs)
+
+
+def graph_arm(onnx: Path, batch: Batch | NDArray[Any], inputs: Path) -> Arm:
+    """The graph at `onnx` with the first clip of `batch`, which goes to the file `inputs`."""
     session = open_session(onnx, threads=1)
-    if isinstance(batch, np.ndarray) and session.batch_is_dynamic:
+    if not isinstance(batch, Call) and session.batch_is_dynamic:
         batch = batch[:1]
     arrays = named_arrays(batch, session.input_names)
     contiguous: dict[str, Any] = {

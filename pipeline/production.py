@@ -27,6 +27,7 @@ from vcompress.pipeline import proof as proving
 from vcompress.pipeline.planning import save_plan
 from vcompress.pipeline.record import Run, file_role, manifest_of, report_of
 from vcompress.pipeline.run import Options, Outcome, Progress, Recorded
+from vcompress.pipeline.speedup import check_speed_bar, time_graphs
 from vcompress.spec import strict_json
 from vcompress.spec.attention_section import PRODUCT_FORMATS
 from vcompress.spec.defaults import MAX_DROP_POINTS
@@ -36,6 +37,7 @@ from vcompress.spec.plan import CompressionPlan
 from vcompress.spec.target import find_target
 from vcompress.validate import gate, html, report
 from vcompress.validate.report_types import Engine
+from vcompress.validate.speed import SpeedVerdict, with_speed
 
 __all__ = ["produce"]
 
@@ -65,6 +67,7 @@ def produce(
     Raises:
         BuildError: a file does not hold what was planned, or computes something else.
     """
+    check_speed_bar(options.min_speedup, proving.why_simulated(None, plan))
     with tempfile.TemporaryDirectory(prefix="vcompress-") as name:
         folder = Path(name)
         plan = save_plan(plan, tensors, folder / "plan.json")
@@ -76,7 +79,10 @@ def produce(
         with progress.stage("prove", 3 * len(clips.test)) as advance:
             proof = proving.prove(_forms(model, planned, graphs), plan, clips.test, advance)
         bar = _bar(options, clips, model)
-        verdict = gate.judge(proof.metrics, max_drop_points=bar, min_sqnr_db=options.min_sqnr)
+        verdict = with_speed(
+            gate.judge(proof.metrics, max_drop_points=bar, min_sqnr_db=options.min_sqnr),
+            _speed(proof, graphs, clips, options, progress),
+        )
         graphs.baseline.unlink()
         _write_data(folder, model, clips, proof)
         if "_class_name" in model.config:
@@ -98,6 +104,22 @@ def produce(
                 shutil.move(path, staging / path.name)
             write_manifest(staging, manifest, roles=_roles(staging), about=_about(graphs, built))
     return Outcome(path=target, plan=plan, report=made, verdict=verdict)
+
+
+def _speed(
+    proof: proving.Proof, graphs: Graphs, clips: ClipSets, options: Options, progress: Progress
+) -> SpeedVerdict | None:
+    """The speed-up against its bar, if one is set."""
+    if options.min_speedup is None:
+        return None
+    result = next(stage for stage in proof.stages if stage["name"] == proving.RESULT)
+    check_speed_bar(options.min_speedup, result["latency_reason"])
+    sample = next(clips.test.tensors(1))
+    with tempfile.TemporaryDirectory(prefix="vcompress-") as name:
+        return time_graphs(
+            graphs.baseline, graphs.portable.files[0], sample, options.min_speedup, progress,
+            Path(name),
+        )  # fmt: skip
 
 
 def _rejected(output: Path) -> Path:
@@ -211,6 +233,7 @@ def _forms(model: VideoModel, planned: VideoModel, graphs: Graphs) -> proving.Fo
         baseline=model,
         planned=planned,
         baseline_session=open_session(graphs.baseline),
+        baseline_path=graphs.baseline,
         portable_session=open_session(graphs.portable.files[0]),
         portable_path=graphs.portable.files[0],
         tensorrt_path=graphs.tensorrt.files[0],

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +28,15 @@ from vcompress.pipeline.equivalence import (
     run_session,
     run_torch,
 )
+from vcompress.pipeline.performance import modes_of, peak_memory
 from vcompress.spec.formats import FLOAT
 from vcompress.spec.plan import CompressionPlan
 from vcompress.validate.latency import LatencyStatistics, measure_interleaved
 from vcompress.validate.metrics import Metrics, compare_outputs
 from vcompress.validate.report import build_stage
-from vcompress.validate.report_types import Stage
+from vcompress.validate.report_types import Memory, Mode, Stage
 
-__all__ = ["BASELINE", "RESULT", "Forms", "Proof", "prove"]
+__all__ = ["BASELINE", "RESULT", "Forms", "Proof", "prove", "why_simulated"]
 
 Array = npt.NDArray[Any]
 
@@ -59,7 +60,7 @@ class Forms:
         baseline, planned: torch.
         baseline_session: the unquantized graph in ONNX Runtime.
         portable_session: the planned graph in ONNX Runtime.
-        portable_path, tensorrt_path: the files, to look for rounding ties in.
+        baseline_path, portable_path, tensorrt_path: the files.
         tensorrt_session: the graph for TensorRT, where ONNX Runtime can run it; else None, and
             `tensorrt_reason` says why.
     """
@@ -67,6 +68,7 @@ class Forms:
     baseline: VideoModel
     planned: VideoModel
     baseline_session: Session
+    baseline_path: Path
     portable_session: Session
     portable_path: Path
     tensorrt_session: Session | None
@@ -106,7 +108,7 @@ def prove(
     result_parity = parity_of(
         forms.planned, forms.portable_session, forms.portable_path, probes, RESULT
     )
-    latency, reason = _latency(forms, plan, probes[0][:1])
+    timed, reason = _performance(forms, plan, probes[0][:1])
     labels = None if test.labels is None else np.array(test.labels)
     task = forms.baseline.task
 
@@ -123,8 +125,7 @@ def prove(
             BASELINE_ONNX, about="the same, exported",
             runtime=_session_runtime(forms.baseline_session),
             metrics_reason="checked by parity only", parity=baseline_parity,
-            latency=None if latency is None else latency[BASELINE_ONNX],
-            latency_reason=reason, batch_size=1,
+            latency_reason=reason, batch_size=1, **timed[BASELINE_ONNX],
         ),
         build_stage(
             PLANNED, about="the plan applied", runtime=_torch_runtime(),
@@ -138,8 +139,7 @@ def prove(
             parity=result_parity, agreement=agreement_of(
                 forms.planned, forms.portable_path, test, planned, result
             ),
-            latency=None if latency is None else latency[RESULT],
-            latency_reason=reason, batch_size=1,
+            latency_reason=reason, batch_size=1, **timed[RESULT],
         ),
         _tensorrt_stage(forms, probes),
     )  # fmt: skip
@@ -179,30 +179,47 @@ def _run(
     return np.concatenate(outputs)
 
 
-def _latency(
+class _Timed(TypedDict, total=False):
+    """What a stage that really runs here has on its speed."""
+
+    latency: LatencyStatistics
+    modes: list[Mode]
+    memory: Memory
+
+
+def _performance(
     forms: Forms, plan: CompressionPlan, sample: Batch
-) -> tuple[dict[str, LatencyStatistics] | None, str | None]:
-    """Latency of both graphs, or the reason why there is none."""
-    reason = _simulated(forms.portable_session, plan)
+) -> tuple[dict[str, _Timed], str | None]:
+    """Latency, modes and memory of both graphs, or the reason why there is none."""
+    reason = why_simulated(forms.portable_session, plan)
     if reason is not None:
-        return None, reason
-    measured = measure_interleaved(
+        return {BASELINE_ONNX: {}, RESULT: {}}, reason
+    sessions = {BASELINE_ONNX: forms.baseline_session, RESULT: forms.portable_session}
+    paths = {BASELINE_ONNX: forms.baseline_path, RESULT: forms.portable_path}
+    latency = measure_interleaved(
         {
             name: partial(session.run_named, named_arrays(sample, session.input_names))
-            for name, session in (
-                (BASELINE_ONNX, forms.baseline_session),
-                (RESULT, forms.portable_session),
-            )
+            for name, session in sessions.items()
         },
         warm_up=_WARM_UP,
         rounds=_ROUNDS,
         min_seconds=_MIN_SECONDS,
     )
-    return measured, None
+    modes = modes_of(sessions, sample, latency)
+    return {
+        name: _Timed(
+            latency=latency[name], modes=modes[name],
+            memory=peak_memory(paths[name], session, sample),
+        )
+        for name, session in sessions.items()
+    }, None  # fmt: skip
 
 
-def _simulated(session: Session, plan: CompressionPlan) -> str | None:
-    """Why the portable graph's time says nothing of the plan, or None if it really runs so."""
+def why_simulated(session: Session | None, plan: CompressionPlan) -> str | None:
+    """Why the portable graph's time says nothing of the plan, or None if it really runs so.
+
+    Without a session only the formats of the plan are looked at.
+    """
     formats = {choice.format for choice in plan.quantize.values()} - {FLOAT}
     formats |= {choice.format for choice in (plan.attention or {}).values()} - {FLOAT}
     without_kernel = sorted(formats - {"int8"})
@@ -212,7 +229,11 @@ def _simulated(session: Session, plan: CompressionPlan) -> str | None:
             "CPU; "
             "this graph checks numbers, not speed"
         )
-    if formats and not any(name in INTEGER_KERNELS for name in session.kernels()):
+    if (
+        session is not None
+        and formats
+        and not any(name in INTEGER_KERNELS for name in session.kernels())
+    ):
         return "simulated: ONNX Runtime fused no integer kernel on this CPU"
     return None
 

@@ -1,35 +1,37 @@
-"""Run the proof of an artifact again, from the artifact: files, golden clips, test clips, the bar.
+"""Run the proof of an artifact again, from the artifact: files, golden clips, test clips, the bars.
 
-The baseline model is not needed: its outputs on the test clips are in the artifact. The test
-clips are opened again by the recipe in the manifest, and their digest must be the same.
+The baseline model is not needed for the artifact's own test clips: its outputs on them are in the
+artifact, the clips are opened again by the recipe in the manifest, and their digest must be the
+same. For a drop on other clips, and for the speed-up, the baseline is opened again, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vcompress.calib.calls import Samples
 from vcompress.calib.sources import ClipRequest, open_clip_sets, open_clips
-from vcompress.export.manifest import GOLDEN_INPUTS
 from vcompress.export.runtime import Session, open_session
-from vcompress.models.calls import Batch, Call
-from vcompress.pipeline.equivalence import run_session
+from vcompress.models.video import VideoModel
+from vcompress.pipeline.equivalence import run_session, run_torch
+from vcompress.pipeline.golden import golden_inputs
+from vcompress.pipeline.origin import load_origin
 from vcompress.pipeline.run import Progress, Silent
+from vcompress.pipeline.speedup import baseline_arm, measure_speedup
 from vcompress.spec.artifact import Artifact
-from vcompress.spec.call import CallSpec
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
 from vcompress.validate.gate import Verdict, judge
 from vcompress.validate.metrics import Metrics, compare_outputs, relative_l2
+from vcompress.validate.speed import SpeedVerdict, with_speed
 
-__all__ = ["Validation", "golden_inputs", "validate"]
+__all__ = ["Validation", "validate"]
 
 Array = npt.NDArray[Any]
 _BATCH_SIZE = 16
@@ -42,9 +44,10 @@ class Validation:
     Attributes:
         num_files: whose sha256 were compared.
         golden_relative_l2: worst difference to the golden outputs; `golden_max` is allowed.
-        metrics: on the test clips, against the recorded baseline outputs; on other clips the
-            top-1 alone.
-        verdict: of the gate.
+        metrics: on the test clips, against the baseline's outputs; on other clips without a bar
+            the top-1 alone.
+        verdict: of the gates.
+        speed: what the verdict says of the speed-up; None without a bar for it.
     """
 
     path: Path
@@ -54,10 +57,11 @@ class Validation:
     metrics: Metrics
     verdict: Verdict
     test_source: str
+    speed: SpeedVerdict | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether the golden outputs are met and the bar is not missed."""
+        """Whether the golden outputs are met and no bar is missed."""
         return self.golden_relative_l2 <= self.golden_max and self.verdict.outcome != "fail"
 
     @property
@@ -77,63 +81,95 @@ class Validation:
             "schema": 1, "command": "validate", "artifact": str(self.path),
             "num_files": self.num_files, "golden_relative_l2": self.golden_relative_l2,
             "metrics": self.metrics, "verdict": self.verdict.as_dict(), "passed": self.passed,
+            "speed": None if self.speed is None else self.speed.as_dict(),
             "test_clips": self.test_source,
         }  # fmt: skip
 
 
 def validate(
     path: Path, *, data: str | None = None, max_drop: float | None = None,
+    min_speedup: float | None = None, model: str | VideoModel | None = None,
     progress: Progress | None = None,
 ) -> Validation:  # fmt: skip
-    """Check hashes, golden clips and test clips of the artifact at `path`.
+    """Check hashes, golden clips, test clips and bars of the artifact at `path`.
 
     Args:
-        data: labelled test clips to use instead of the recorded ones. The baseline was not run on
-            them, so the result's top-1 stands alone and nothing is judged.
-        max_drop: the bar; that of the artifact by default.
+        data: test clips to use instead of the recorded ones. Without `max_drop` the result's top-1
+            stands alone and nothing is judged.
+        max_drop: the bar for top-1; that of the artifact by default.
+        min_speedup: the bar for the speed, as a multiple of the baseline's on one core.
+        model: the baseline, where one is needed; by default what the manifest names.
 
     Raises:
-        InputError: a file was changed, or the test clips are not those of the report.
+        InputError: a file was changed, the test clips are not those of the report, or the baseline
+            is not here.
+        MissingCapabilityError: formats that this machine only simulates have no speed.
     """
     progress = progress or Silent()
-    if data is not None and max_drop is not None:
-        message = (
-            "--max-drop needs the baseline's outputs, which the artifact has for its own test "
-            "clips only; leave out --data or --max-drop"
-        )
-        raise InputError(message)
     with progress.stage("hashes"):
         artifact = Artifact.open(path, verify_hashes=True)
         session = open_session(_file(artifact, "onnx"))
+    origin = None
+    if min_speedup is not None or (data is not None and max_drop is not None):
+        with progress.stage("baseline"):
+            origin = load_origin(artifact, model)
     with progress.stage("golden clips"):
         golden = np.load(_file(artifact, "golden"), allow_pickle=False)
         inputs = golden_inputs(artifact, golden)
         difference = relative_l2(golden["outputs"], run_session(session, inputs))
-    quality = artifact.manifest.get("quality", {})
     clips, source = _test_clips(artifact, data)
     outputs = _outputs(session, clips, progress)
-    if data is None:
-        metrics = compare_outputs(
-            np.load(_file(artifact, "proof"), allow_pickle=False)["baseline"],
-            outputs,
-            labels=None if clips.labels is None else np.array(clips.labels),
-            task=artifact.manifest["task"],
-        )
-        bar = quality.get("max_drop_points") if max_drop is None else max_drop
-        verdict = judge(metrics, max_drop_points=bar, min_sqnr_db=quality.get("min_sqnr_db"))
-    else:
-        metrics = _top1_alone(outputs, clips, data)
-        reason = "the baseline was not run on these clips, so no drop can be told"
-        verdict = Verdict(outcome="not judged", reason=reason, num_clips=len(clips))
+    metrics, verdict = _quality(artifact, clips, outputs, data, max_drop, origin, progress)
+    speed = None
+    if min_speedup is not None:
+        assert origin is not None
+        with tempfile.TemporaryDirectory(prefix="vcompress-") as name:
+            baseline, result = baseline_arm(artifact, origin, Path(name))
+            speed = measure_speedup(baseline, result, min_speedup, progress)
     return Validation(
         path=path,
         num_files=len(artifact.manifest["files"]),
         golden_relative_l2=float(difference or 0.0),
         golden_max=float(artifact.manifest["golden"]["max"]),
         metrics=metrics,
-        verdict=verdict,
+        verdict=with_speed(verdict, speed),
         test_source=source,
+        speed=speed,
     )
+
+
+def _quality(
+    artifact: Artifact, clips: Samples, outputs: Array, data: str | None, max_drop: float | None,
+    origin: VideoModel | None, progress: Progress,
+) -> tuple[Metrics, Verdict]:  # fmt: skip
+    """What the outputs are worth against the baseline's, or their top-1 alone."""
+    quality = artifact.manifest.get("quality", {})
+    if data is None:
+        baseline = np.load(_file(artifact, "proof"), allow_pickle=False)["baseline"]
+        bar = quality.get("max_drop_points") if max_drop is None else max_drop
+    elif max_drop is not None:
+        assert origin is not None
+        baseline, bar = _baseline_outputs(origin, clips, progress), max_drop
+    else:
+        reason = "without --max-drop the baseline is not run on these clips, so no drop can be told"
+        unjudged = Verdict(outcome="not judged", reason=reason, num_clips=len(clips))
+        return _top1_alone(outputs, clips, data), unjudged
+    metrics = compare_outputs(
+        baseline,
+        outputs,
+        labels=None if clips.labels is None else np.array(clips.labels),
+        task=artifact.manifest["task"],
+    )
+    return metrics, judge(metrics, max_drop_points=bar, min_sqnr_db=quality.get("min_sqnr_db"))
+
+
+def _baseline_outputs(model: VideoModel, clips: Samples, progress: Progress) -> Array:
+    outputs: list[Array] = []
+    with progress.stage("baseline on the test clips", len(clips)) as advance:
+        for batch in clips.tensors(_BATCH_SIZE):
+            outputs.append(run_torch(model, batch))
+            advance(len(batch))
+    return np.concatenate(outputs)
 
 
 def _file(artifact: Artifact, role: str) -> Path:
@@ -142,22 +178,6 @@ def _file(artifact: Artifact, role: str) -> Path:
         message = f"{artifact.path} has no file with the role {role}; make the artifact again"
         raise InputError(message)
     return path
-
-
-def golden_inputs(artifact: Artifact, golden: Mapping[str, Array]) -> Batch | Array:
-    """The clips in the file of golden inputs, or the call."""
-    if artifact.manifest.get("call") is None:
-        return golden[GOLDEN_INPUTS]
-    spec = CallSpec.from_dict(artifact.manifest["call"])
-
-    def read(shared: bool) -> dict[str, torch.Tensor]:
-        return {
-            one.name: torch.from_numpy(golden[f"{GOLDEN_INPUTS}.{one.name}"])
-            for one in spec.tensors
-            if one.shared is shared
-        }
-
-    return Call(tensors=read(shared=False), shared=read(shared=True), constants=spec.constants)
 
 
 def _labels(artifact: Artifact) -> tuple[str, ...]:

@@ -94,6 +94,7 @@ class Options:
     latency_table: str | None = None
     max_drop: float | None = None
     min_sqnr: float | None = None
+    min_speedup: float | None = None
     cache: str | None = None
     min_psnr: float | None = None
     prompts: Path | None = None
@@ -109,7 +110,7 @@ class Options:
             ("num_clips", 1, 10**6), ("num_test_clips", 1, 10**6), ("max_layer_error", 0, 10),
             ("max_drop", 0, 100), ("min_sqnr", -200, 400), ("seed", 0, 2**31 - 1),
             ("budget_bits", 1, 64), ("max_size", 1, 2**50), ("max_latency", 0.001, 1),
-            ("min_psnr", 0, 100),
+            ("min_psnr", 0, 100), ("min_speedup", 0.01, 1000),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

@@ -28,6 +28,7 @@ from vcompress.compress.tokens.fitting import fitted_blocks
 from vcompress.compress.tokens.surgery import apply_reduction
 from vcompress.models.load import load_model
 from vcompress.models.video import VideoModel
+from vcompress.pipeline.origin import recorded_source
 from vcompress.pipeline.planning import read_plan
 from vcompress.pipeline.run import Progress, Silent
 from vcompress.spec.artifact import MANIFEST, Artifact
@@ -229,7 +230,7 @@ def _load(
 ) -> VideoModel:
     """The model that `plan` was made for, fed as the artifact was."""
     if source is None:
-        source = _recorded_source(file, manifest)
+        source = recorded_source(file, manifest)
     model = load_model(source)
     if model.weights_sha256 != plan.model.get("weights_sha256"):
         message = (
@@ -245,22 +246,6 @@ def _load(
     if manifest is not None:
         model = replace(model, inputs=ClipSpec.from_dict(dict(manifest["clip"])))
     return model
-
-
-def _recorded_source(file: Path, manifest: Mapping[str, Any] | None) -> str:
-    if manifest is None:
-        message = f"{file}: a plan does not say where its model is; name it with --model"
-        raise InputError(message)
-    recorded = manifest["source"]
-    source = str(recorded.get("id") or "") if isinstance(recorded, dict) else ""
-    # An artifact may come from anybody: what it names is opened as a file, never imported.
-    if not source or not (source.startswith(REFERENCE_PREFIX) or Path(source).exists()):
-        message = (
-            f"{file} was made from {source or 'a model in memory'}, which is not a file or "
-            "directory here; name the model with --model"
-        )
-        raise InputError(message)
-    return source
 
 
 def _open_clip(source: str, spec: ClipSpec) -> Clips:

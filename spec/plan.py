@@ -23,6 +23,7 @@ from vcompress.spec.cache_section import CacheSection
 from vcompress.spec.errors import InputError
 from vcompress.spec.layer_choice import TENSOR_WORDS, LayerChoice, LayerFacts, misfits
 from vcompress.spec.strict_json import check_keys
+from vcompress.spec.target import find_target
 from vcompress.spec.token_section import TokenSection
 
 __all__ = [
@@ -109,6 +110,7 @@ class CompressionPlan:
             data, {"target": str, "seed": int, "model": dict, "evidence": dict, "quantize": dict},
             where="plan",
         )  # fmt: skip
+        find_target(data["target"])
         tokens, tensors, cache = data["tokens"], data["tensors"], data.get("cache")
         attention = data.get("attention")
         if tensors is not None:

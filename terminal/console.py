@@ -114,6 +114,13 @@ class Console:
             value = result.metrics.get(key)
             if value is not None:
                 table.add_row(key, f"{value:g}" if isinstance(value, int) else f"{value:.4f}")
+        if result.speed is not None:
+            table.add_row(
+                "speed",
+                f"{result.speed.speed_ratio:.2f}x [{result.speed.speed_ratio_lower:.2f}, "
+                f"{result.speed.speed_ratio_upper:.2f}] on one core, {result.speed.num_pairs} "
+                "fresh process pairs",
+            )
         table.add_row("gate", f"{result.verdict.outcome}: {result.verdict.reason}")
         self._out.print(table)
 
@@ -275,13 +282,23 @@ class Console:
                 {"manifest": artifact.manifest, "plan": plan.as_dict(), "report": report}
             )
             return
-        from vcompress.validate.closing import closing_table
+        from vcompress.validate.closing import closing_notes, closing_table
 
         self._print_plan(plan)
         table = _table(("", "baseline", "result", "change"), right=(1, 2))
         for row in closing_table(report):
             table.add_row(*(Text(cell) for cell in row))
         self._out.print(table)
+        manifest, golden = artifact.manifest, artifact.manifest.get("golden") or {}
+        maker = f"vcompress {report['vcompress']}"
+        notes = [
+            *closing_notes(report),
+            ("source", " ".join(str(value) for value in manifest["source"].values())),
+            ("golden", ", ".join(f"{key} {value}" for key, value in golden.items())),
+            ("made", f"{report['created']} by {maker}: {report['command']}"),
+        ]  # fmt: skip
+        for word, text in notes:
+            self._out.print(Text(f"{word:<9}{text}"), soft_wrap=True)
         files = _table(("file", "role", "bytes", "sha256"), right=(2,))
         for entry in artifact.manifest["files"]:
             files.add_row(

@@ -193,9 +193,37 @@ def test_other_test_clips_are_not_judged_against_a_baseline_that_never_saw_them(
     result = json.loads(capsys.readouterr().out)
     assert set(result["metrics"]) == {"num_clips", "top1_percent"}
     assert result["verdict"]["outcome"] == "not judged"
-    code, message = run(monkeypatch, *other, "--max-drop", 1)
+
+
+def test_other_test_clips_are_judged_with_the_baseline_opened_again(
+    monkeypatch: pytest.MonkeyPatch, artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ["validate", artifact, "--data", "reference:penvideo20", "--json", "--quiet"]
+    code, message = run(monkeypatch, *other, "--max-drop", 50)
+    assert code == 0, message
+    result = json.loads(capsys.readouterr().out)
+    report = json.loads((artifact / "report.json").read_text())
+    stage = next(s for s in report["stages"] if s["name"] == report["result_stage"])
+    assert result["metrics"] == pytest.approx(stage["metrics"])
+    assert result["verdict"]["outcome"] == "pass"
+    code, message = run(
+        monkeypatch, *other, "--max-drop", 50, "--model", "reference:moving-fashion"
+    )
     assert code == 2
-    assert "--max-drop needs the baseline's outputs" in message
+    assert "name that model with --model" in message
+
+
+def test_a_speed_up_of_a_simulated_format_cannot_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = "reference:penvideo20"
+    code, message = run(
+        monkeypatch, "quantize", source, "--target", "nvfp4", "--calib", source, "--num-clips", 8,
+        "--algorithm", "max", "--min-speedup", 1.2, "-o", tmp_path / "out", "--quiet",
+    )  # fmt: skip
+    assert code == 5
+    assert "--min-speedup 1.2 cannot be shown on this machine: simulated" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_plan_is_not_overwritten_and_options_are_checked_at_once(
@@ -240,6 +268,69 @@ def test_inspect_shows_every_layer_and_its_reason(
         assert "within" in printed
     assert run(monkeypatch, "inspect", artifact / "model.onnx")[0] == 0
     assert "int8" in capsys.readouterr().out
+
+
+def test_an_unknown_target_of_a_plan_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, artifact: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    plan = (artifact / "plan.json").read_text()
+    path.write_text(plan.replace('"target": "int8"', '"target": "int7"', 1))
+    code, message = run(monkeypatch, "inspect", path)
+    assert code == 2
+    assert "unknown target 'int7'; choose one of: nvfp4" in message
+
+
+def test_an_artifact_is_read_with_the_standard_library_alone(artifact: Path) -> None:
+    """By the program in docs/artifact.md; no package is on its path, not even this one."""
+    page = (Path(__file__).parents[1] / "docs/artifact.md").read_text()
+    program = page.split("```python\n", 1)[1].split("```", 1)[0]
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program, artifact], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((artifact / "plan.json").read_text())
+    report = json.loads((artifact / "report.json").read_text())
+    for name, choice in plan["quantize"].items():
+        assert f"{name}: {choice['format']}, {choice['reason']}" in done.stdout
+    assert report["verdict"]["reason"] in done.stdout
+    for stage in report["stages"]:
+        assert stage["name"] in done.stdout
+    assert "inputs.npy: '<f4' (2, 16, 1, 32, 32)" in done.stdout
+    assert "outputs.npy: '<f4' (2, 20)" in done.stdout
+
+
+def test_inspect_needs_neither_the_model_nor_what_runs_it(artifact: Path) -> None:
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'numpy', 'onnx', 'onnxruntime', 'transformers', 'safetensors'):\n"
+        "    sys.modules[name] = None\n"
+        "from vcompress import cli\n"
+        "sys.argv = ['vcompress', 'inspect', sys.argv[1]]\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, artifact], capture_output=True, text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((artifact / "report.json").read_text())
+    printed = " ".join(done.stdout.split())
+    for shown in (report["verdict"]["reason"], report["model"]["weights_sha256"], "golden.npz"):
+        assert shown in printed
+    assert all(layer["name"] in printed for layer in report["layers"])
+
+
+def test_the_report_of_an_artifact_has_the_published_schema(artifact: Path) -> None:
+    from jsonschema import Draft202012Validator
+
+    from vcompress.validate.report_schema import SCHEMA_FILE
+
+    report = json.loads((artifact / "report.json").read_text())
+    Draft202012Validator(json.loads(SCHEMA_FILE.read_text())).validate(report)
+    result = next(s for s in report["stages"] if s["name"] == report["result_stage"])
+    assert [mode["mode"] for mode in result["modes"]] == ["stream", "batch"]
+    assert result["memory"]["peak_mib"] > result["memory"]["idle_mib"] > 0
 
 
 def test_doctor_tells_what_this_machine_can_do(

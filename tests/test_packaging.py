@@ -67,6 +67,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     for package in PACKAGES[1:]:
         folder = copy.joinpath(*package.split(".")[1:])
         files = [*folder.glob("*.py"), *folder.glob("assets/*"), *folder.glob("templates/*")]
+        files += folder.glob("schemas/*")
         expected |= {f"vcompress/{file.relative_to(copy).as_posix()}" for file in files}
     assert expected <= set(names)
     assert {name.rsplit("/", 1)[1] for name in licences} == {"LICENSE", "NOTICE"}

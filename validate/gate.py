@@ -31,6 +31,8 @@ class Verdict:
         outcome: "pass", "fail", "inconclusive" or "not judged".
         reason: one sentence for people.
         metric: "top1_drop", "top1_disagreement", "sqnr" or None.
+        speed_ratio, speed_ratio_lower, speed_ratio_upper, min_speed_ratio: speed-up, its interval
+            and the bar for it, where one was set; see `validate.speed`.
         drop_points: observed top-1 drop (or disagreement) in percentage points.
         drop_points_lower: its one-sided 95 % lower bound.
         drop_points_upper: its one-sided 95 % upper bound.
@@ -54,6 +56,10 @@ class Verdict:
     min_sqnr_db: float | None = None
     num_clips: int | None = None
     clips_needed: int | None = None
+    speed_ratio: float | None = None
+    speed_ratio_lower: float | None = None
+    speed_ratio_upper: float | None = None
+    min_speed_ratio: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for the report."""

@@ -131,7 +131,7 @@ def _parity(stage: Stage) -> dict[str, Any]:
 def _latency(report: Report) -> dict[str, Any]:
     timed = [(s, s["latency"]) for s in report["stages"] if s["latency"] is not None]
     if not timed:
-        return {"rows": [], "ticks": []}
+        return {"rows": [], "ticks": [], "modes": []}
     ends = [latency["p90_ms"] or latency["p75_ms"] for _, latency in timed if latency]
     reach = 1.08 * max(ends)
 
@@ -153,7 +153,23 @@ def _latency(report: Report) -> dict[str, Any]:
                       f"{latency['num_warm_up']} warm-up",
         })  # fmt: skip
     shown = [{"at": at(tick), "text": f"{tick:g}"} for tick in ticks(0.0, reach)]
-    return {"rows": rows, "ticks": shown}
+    modes = [mode for stage, _ in timed for mode in _modes(stage)]
+    return {"rows": rows, "ticks": shown, "modes": modes}
+
+
+def _modes(stage: Stage) -> list[dict[str, str]]:
+    """A row a way of calling; the memory is that of the stage."""
+    memory = (stage.get("memory") or {}).get("peak_mib")
+    return [
+        {
+            "name": stage["name"], "mode": f"{mode['mode']}, {mode['batch_size']} a call",
+            "p50": fixed(mode["p50_ms"], 2, "ms"), "p90": fixed(mode["p90_ms"], 2),
+            "p99": fixed(mode["p99_ms"], 2),
+            "throughput": f"{mode['clips_per_second']:,.1f}",
+            "memory": fixed(memory, 1, "MiB") if mode["mode"] == "stream" else "",
+        }
+        for mode in stage.get("modes") or []
+    ]  # fmt: skip
 
 
 def _speed(latency: dict[str, Any]) -> str:

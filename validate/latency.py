@@ -213,11 +213,14 @@ def describe_device(threads: int) -> dict[str, Any]:
 
     Returns:
         `cpu`, `num_cores`, `num_usable_cores`, `num_threads`, `load_average_1min` and
-        `memory_mib` (None where the system does not say), `platform`, `python`.
+        `memory_mib` (None where the system does not say), `platform`, `python`; `clock_mhz`, the
+        mean clock of the cores now, and `gpu`, name, clocks and driver by nvidia-smi, if any.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "cpu": _cpu_name(),
+        "clock_mhz": _clock_mhz(),
+        "gpu": _gpu(),
         "num_cores": os.cpu_count(),
         "num_usable_cores": os.cpu_count() if affinity is None else len(affinity(0)),
         "num_threads": threads,
@@ -246,6 +249,30 @@ def _cpu_name() -> str:
         except (OSError, subprocess.CalledProcessError):
             pass
     return platform.processor() or platform.machine()
+
+
+def _clock_mhz() -> int | None:
+    current = sorted(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
+    try:
+        clocks = [int(path.read_text()) / 1000 for path in current]
+        if not clocks:
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+            clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    except (OSError, ValueError):
+        return None
+    return round(sum(clocks) / len(clocks)) if clocks else None
+
+
+def _gpu() -> str | None:
+    query = "--query-gpu=name,clocks.sm,clocks.mem,memory.total,driver_version"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"],
+            capture_output=True, text=True, check=True, timeout=20,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return "; ".join(done.stdout.split("\n")).strip("; ") or None
 
 
 def _memory_mib() -> int | None:

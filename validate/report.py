@@ -22,6 +22,8 @@ from vcompress.validate.report_types import (
     Clips,
     Engine,
     Layer,
+    Memory,
+    Mode,
     Model,
     Precision,
     Report,
@@ -36,6 +38,10 @@ __all__ = [
 ]  # fmt: skip
 
 SCHEMA = 1
+# Reports of earlier versions do without.
+_LATER_IN_VERDICT = (
+    "speed_ratio", "speed_ratio_lower", "speed_ratio_upper", "min_speed_ratio",
+)  # fmt: skip
 
 _OBJECTS: tuple[tuple[str, Any], ...] = (
     ("model", Model), ("sizes", Sizes), ("precision", Precision), ("clips", Clips),
@@ -56,6 +62,8 @@ def build_stage(
     latency: LatencyStatistics | None = None,
     latency_reason: str | None = None,
     batch_size: int | None = None,
+    modes: Sequence[Mode] | None = None,
+    memory: Memory | None = None,
 ) -> Stage:
     """One stage of the report; see `report_types.Stage` for the fields."""
     return Stage(
@@ -72,6 +80,8 @@ def build_stage(
         latency=None if latency is None else latency.as_dict(),
         latency_reason=latency_reason,
         batch_size=batch_size,
+        modes=None if modes is None else list(modes),
+        memory=memory,
     )
 
 
@@ -155,7 +165,10 @@ def from_json(text: str, where: str = "report.json") -> Report:
         raise InputError(message)
     strict_json.check_keys(data, required=tuple(Report.__annotations__), where=where)
     strict_json.check_keys(
-        data["verdict"], required=Verdict.__dataclass_fields__, where=f"{where}: verdict"
+        data["verdict"],
+        required=[key for key in Verdict.__dataclass_fields__ if key not in _LATER_IN_VERDICT],
+        optional=_LATER_IN_VERDICT,
+        where=f"{where}: verdict",
     )
     for section, shape in _OBJECTS:
         strict_json.check_keys(

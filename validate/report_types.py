@@ -10,8 +10,8 @@ unit in its key: `_mib`, `_kib`, `_bytes`, `_ms`, `_seconds`, `_db`, `_percent`,
 from typing import Any, NotRequired, TypedDict
 
 __all__ = [
-    "ClipSet", "Clips", "Engine", "FileSize", "Layer", "Model", "Precision", "Report", "Sizes",
-    "SkippedClip", "Stage", "Tokens",
+    "ClipSet", "Clips", "Engine", "FileSize", "Layer", "Memory", "Mode", "Model", "Precision",
+    "Report", "Sizes", "SkippedClip", "Stage", "Tokens",
 ]  # fmt: skip
 
 
@@ -26,13 +26,35 @@ class Model(TypedDict):
     num_classes: NotRequired[int | None]
 
 
+class Mode(TypedDict):
+    """A way of calling: "stream" is one clip a call, "batch" several; quantiles as in `latency`."""
+
+    mode: str
+    batch_size: int
+    num_runs: int
+    p50_ms: float
+    p90_ms: float | None
+    p99_ms: float | None
+    clips_per_second: float
+
+
+class Memory(TypedDict):
+    """Resident memory of a fresh process: before it loads the graph, and at its peak.
+
+    Null where the system does not tell.
+    """
+
+    idle_mib: float | None
+    peak_mib: float | None
+
+
 class Stage(TypedDict):
     """One form of the model, from the baseline to the engine, in the order of the chain.
 
     `metrics` (see `metrics.compare_outputs`) compare with the baseline, `metrics_versus_previous`
     with the stage before, as do `parity`, `ParityResult.as_dict()`, and `agreement` of classifiers,
     `Agreement.as_dict()`; `latency` is `LatencyStatistics.as_dict()`. Where one is null, its
-    `_reason` says why.
+    `_reason` says why. `modes` and `memory` are there where a latency is.
     """
 
     name: str
@@ -46,6 +68,8 @@ class Stage(TypedDict):
     latency: dict[str, Any] | None
     latency_reason: str | None
     batch_size: int | None
+    modes: NotRequired[list[Mode] | None]
+    memory: NotRequired[Memory | None]
 
 
 class FileSize(TypedDict):
