@@ -49,11 +49,11 @@ def baseline_arm(artifact: Artifact, model: VideoModel, folder: Path) -> tuple[A
         raise MissingCapabilityError(str(error)) from error
     example = model.example()
     graph = folder / "baseline.onnx"
-    names = {
-        "input_name": str(artifact.manifest["inputs"][0]["name"]),
-        "output_name": str(artifact.manifest["outputs"][0]["name"]),
-    }
-    export_onnx(PrimaryOutput(model.module, example), example, graph, dialect="portable", **names)
+    export_onnx(
+        PrimaryOutput(model.module, example), example, graph, dialect="portable",
+        input_name=str(artifact.manifest["inputs"][0]["name"]),
+        output_name=str(artifact.manifest["outputs"][0]["name"]),
+    )  # fmt: skip
     return Arm(onnx=graph, inputs=result.inputs), result
 
 

@@ -93,7 +93,7 @@ def draw_history(runs: Sequence[Mapping[str, Any]]) -> str:
         parts.append(
             f'<line x1="{_LEFT}" x2="{_WIDTH - _EDGE}" y1="{y(value):.1f}" y2="{y(value):.1f}" '
             f'stroke="#888"{dash}/><text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" '
-            f'text-anchor="end">{value:+.0f} %</text>'
+            f'text-anchor="end">{f"{value:+.0f}" if value else 0} %</text>'
         )
     step = (_WIDTH - _LEFT - 2 * _EDGE) / max(1, len(points) - 1)
     for index, (run, found, middle, low, high) in enumerate(points):
@@ -106,6 +106,10 @@ def draw_history(runs: Sequence[Mapping[str, Any]]) -> str:
             f'x2="{x:.1f}" y1="{y(high):.1f}" y2="{y(low):.1f}"/><circle cx="{x:.1f}" '
             f'cy="{y(middle):.1f}" r="4"/></g>'
         )
+    for index, anchor in ((0, "start"), (len(points) - 1, "end"))[: len(points)]:
+        x = _LEFT if index == 0 else _WIDTH - _EDGE
+        day = escape(str(points[index][0]["created"])[:10])
+        parts.append(f'<text x="{x}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{day}</text>')
     versus = escape(f"time of each run against {shown[-1]['versus']}")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}"'

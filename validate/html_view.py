@@ -159,14 +159,15 @@ def _latency(report: Report) -> dict[str, Any]:
 
 def _modes(stage: Stage) -> list[dict[str, str]]:
     """A row a way of calling; the memory is that of the stage."""
-    memory = (stage.get("memory") or {}).get("peak_mib")
+    memory = stage.get("memory")
+    peak = None if memory is None else memory["peak_mib"]
     return [
         {
             "name": stage["name"], "mode": f"{mode['mode']}, {mode['batch_size']} a call",
             "p50": fixed(mode["p50_ms"], 2, "ms"), "p90": fixed(mode["p90_ms"], 2),
             "p99": fixed(mode["p99_ms"], 2),
             "throughput": f"{mode['clips_per_second']:,.1f}",
-            "memory": fixed(memory, 1, "MiB") if mode["mode"] == "stream" else "",
+            "memory": fixed(peak, 1, "MiB") if mode["mode"] == "stream" else "",
         }
         for mode in stage.get("modes") or []
     ]  # fmt: skip
