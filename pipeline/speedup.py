@@ -6,6 +6,7 @@ Both graphs are timed as `vcompress bench` does it: fresh process pairs on one c
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from vcompress.export.graph import export_onnx
@@ -58,14 +59,19 @@ def baseline_arm(artifact: Artifact, model: VideoModel, folder: Path) -> tuple[A
 
 
 def time_graphs(
-    baseline: Path, result: Path, sample: Batch, bar: float, progress: Progress, folder: Path
-) -> SpeedVerdict:
-    """The same for two graphs and a batch; the inputs are written to `folder`."""
-    return measure_speedup(
-        graph_arm(baseline, sample, folder / "baseline.npz"),
-        graph_arm(result, sample, folder / "result.npz"),
-        bar, progress,
-    )  # fmt: skip
+    baseline: Path, result: Path, sample: Batch, bar: float, progress: Progress, folder: Path, *,
+    looks: tuple[int, ...] = LOOKS, block_seconds: float | None = None,
+) -> SpeedVerdict:  # fmt: skip
+    """How many times as fast the graph `result` is on `sample`; see `measure_speedup`.
+
+    Args:
+        folder: what the processes read is written here.
+        block_seconds: see `Arm`.
+    """
+    arms = [graph_arm(graph, sample, folder / f"{graph.stem}.npz") for graph in (baseline, result)]
+    if block_seconds is not None:
+        arms = [replace(arm, block_seconds=block_seconds) for arm in arms]
+    return measure_speedup(*arms, bar, progress, looks=looks)
 
 
 def measure_speedup(

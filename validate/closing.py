@@ -116,11 +116,10 @@ def _gate_remark(report: Report) -> str:
     unit = "pt"
     if bar is None:
         bar, unit = verdict["min_sqnr_db"], "dB"
-    return (
-        f"gate: {verdict['outcome']}"
-        if bar is None
-        else (f"gate {bar:.2f} {unit}: {verdict['outcome']}")
-    )
+    bars = [] if bar is None else [f"{bar:.2f} {unit}"]
+    if verdict.get("min_speed_ratio") is not None:
+        bars.append(f"{verdict['min_speed_ratio']:g}x")
+    return f"gate{''.join(f' {each}' for each in bars)}: {verdict['outcome']}"
 
 
 def closing_notes(report: Report) -> list[tuple[str, str]]:

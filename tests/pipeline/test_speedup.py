@@ -11,7 +11,7 @@ from vcompress.export.runtime import open_session
 from vcompress.pipeline.bench import Arm
 from vcompress.pipeline.performance import modes_of, peak_memory
 from vcompress.pipeline.run import Silent
-from vcompress.pipeline.speedup import measure_speedup
+from vcompress.pipeline.speedup import measure_speedup, time_graphs
 from vcompress.validate.latency import measure_interleaved
 
 
@@ -42,6 +42,11 @@ def test_a_graph_has_its_modes_and_its_memory(tmp_path: Path) -> None:
         assert single["p50_ms"] == stream[name].p50_ms
         assert (batch["mode"], batch["batch_size"]) == ("batch", 8)
         assert batch["clips_per_second"] > 0
+    # A bar so far away that any two times of one graph reach it.
+    found = time_graphs(
+        path, path, example, 0.01, Silent(), tmp_path, looks=(2,), block_seconds=0.002
+    )
+    assert found.outcome == "pass"
     memory = peak_memory(path, session, example)
     assert memory["idle_mib"] is not None
     assert memory["peak_mib"] is not None
