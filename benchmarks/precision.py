@@ -44,29 +44,31 @@ Results = dict[str, dict[str, Any]]
 
 
 def measure(section: str, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run `section` on the model `name`, and say with what."""
+    """Run `section` on the model `name`, say with what, and keep it."""
     device = describe_device(arguments.threads)
     bench = zoo.load(
         name, arguments.data,
         num_calibration=arguments.num_calibration, num_test=arguments.num_test,
     )  # fmt: skip
+    about = {
+        "command": command(section, name, arguments),
+        "device": device,
+        "versions": versions(),
+        "model": {"name": name, "weights_sha256": bench.model.weights_sha256},
+    }
     run: dict[str, Callable[[], dict[str, Any]]] = {
         "predictor": lambda: precision_predictor.measure(bench, seed=arguments.seed),
         "budget": lambda: precision_budget.measure(
             bench, peers=arguments.peers, seed=arguments.seed
         ),
         "algorithms": lambda: precision_algorithms.measure(
-            bench, algorithms=arguments.algorithms, seed=arguments.seed
+            bench, algorithms=arguments.algorithms, seed=arguments.seed,
+            on_row=lambda so_far: keep(arguments.results, section, name, {**about, **so_far}),
         ),
         "attention": lambda: precision_attention.measure(bench, seed=arguments.seed),
     }  # fmt: skip
-    return {
-        "command": command(section, name, arguments),
-        "device": device,
-        "versions": versions(),
-        "model": {"name": name, "weights_sha256": bench.model.weights_sha256},
-        **run[section](),
-    }
+    entry = {**about, **run[section]()}
+    return keep(arguments.results, section, name, entry)
 
 
 def command(section: str, name: str, arguments: argparse.Namespace) -> str:
@@ -100,12 +102,27 @@ def read(path: Path) -> Results:
     return {section: stored.get(section, {}) for section in SECTIONS}
 
 
-def keep(path: Path, section: str, name: str, entry: dict[str, Any]) -> None:
-    """Put `entry` in its place; the file is read anew, as another run may have written to it."""
+def keep(path: Path, section: str, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """Put `entry` in its place; the file is read anew, as another run may have written to it.
+
+    Rows of other algorithms on the same clips stay; the command is then that of all of them.
+    """
     results = read(path)
+    entry = _joined(results[section].get(name), entry) if section == "algorithms" else entry
     entries = {**results[section], name: entry}
     results[section] = {model: entries[model] for model in zoo.MODELS if model in entries}
     path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return entry
+
+
+def _joined(known: dict[str, Any] | None, entry: dict[str, Any]) -> dict[str, Any]:
+    same = ("model", "num_clips", "num_layers", "metric", "baseline_metric")
+    if known is None or any(known.get(key) != entry[key] for key in same):
+        return entry
+    rows = {**known["rows"], **entry["rows"]}
+    rows = {name: rows[name] for name in precision_algorithms.ALGORITHMS if name in rows}
+    words = entry["command"].partition(" --algorithms ")[0]
+    return {**entry, "command": f"{words} --algorithms {' '.join(rows)}", "rows": rows}
 
 
 def tables(results: Results) -> str:
@@ -146,7 +163,6 @@ def main() -> None:
         for section in SECTIONS:
             if section in (arguments.sections or SECTIONS):
                 entry = measure(section, name, arguments)
-                keep(arguments.results, section, name, entry)
                 print(f"{SECTIONS[section]({name: entry})}\n", flush=True)
     if arguments.table:
         print(tables(read(arguments.results)))

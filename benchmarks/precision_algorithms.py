@@ -4,15 +4,16 @@ The formats are those of `--target nvfp4`: NVFP4 for every linear layer whose sh
 where it does not, else the layer is kept; no layer falls back because of its error. Each algorithm
 runs as in the product: layer by layer, plain rounding is taken where it is better on held-out
 tokens (`by_layer`), then for all layers if the model as a whole is better off on calibration clips
-(`by_model`). modelopt's algorithms are also shown as modelopt leaves them (`unguarded`). A model
-without NVFP4 layers has the row "max" alone.
+(`by_model`). modelopt's algorithms are shown as modelopt leaves them (`unguarded`), fitted to all
+calibration clips. A model without NVFP4 layers has the row "max" alone. Rows are kept as they come:
+those of a further run with other algorithms, and the same clips, join them.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,8 +49,15 @@ _BATCH_SIZE = 8
 _REJECTED = " not used: "
 
 
-def measure(bench: BenchModel, *, algorithms: Sequence[str], seed: int) -> dict[str, Any]:
-    """One row for each of `algorithms`, on the test clips of `bench`."""
+def measure(
+    bench: BenchModel, *, algorithms: Sequence[str], seed: int,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One row for each of `algorithms`, on the test clips of `bench`.
+
+    Args:
+        on_row: told everything so far after each row.
+    """
     model = bench.model
     judge = Judge(bench)
     layers = {name: model.layer(name) for name in model.layers}
@@ -59,6 +67,7 @@ def measure(bench: BenchModel, *, algorithms: Sequence[str], seed: int) -> dict[
         for name, each in candidate_formats(model, find_target(_TARGET)).items()
     }
     rows: dict[str, Any] = {}
+    facts = {**judge.facts(), "num_layers": dict(Counter(formats.values())), "rows": rows}
     for algorithm in algorithms if _TARGET in formats.values() else ("max",):
         warnings: list[str] = []
         context = PlanContext(
@@ -67,10 +76,13 @@ def measure(bench: BenchModel, *, algorithms: Sequence[str], seed: int) -> dict[
             max_layer_error=MAX_LAYER_ERROR, budget=None, seed=seed, stage=Silent().stage,
             warn=warnings.append,
         )  # fmt: skip
-        rows[algorithm] = {**_row(model, formats, context, judge), "warnings": warnings}
         if algorithm in modelopt_bridge.ALGORITHMS:
-            rows[algorithm]["unguarded"] = _unguarded(model, formats, context, judge)
-    return {**judge.facts(), "num_layers": dict(Counter(formats.values())), "rows": rows}
+            rows[algorithm] = _unguarded(model, formats, context, judge)
+        else:
+            rows[algorithm] = {**_row(model, formats, context, judge), "warnings": warnings}
+        if on_row is not None:
+            on_row(facts)
+    return facts
 
 
 def _row(
@@ -117,7 +129,9 @@ def _unguarded(
         for name, each in formats.items()
         if each != FLOAT and model.layers[name].kind == "linear"
     }
+    start = time.perf_counter()
     found = modelopt_bridge.calibrate(model, treated, context.algorithm, run_clips)
+    seconds = time.perf_counter() - start
     solutions = {
         name: found.solution(name)
         if name in found.input_amax
@@ -133,7 +147,12 @@ def _unguarded(
         name: replace(each, tensors={}, input_amax=amax[name]) if name in broken else each
         for name, each in solutions.items()
     }
-    return {**_judged(model, formats, usable, judge), "num_layers_not_finite": len(broken)}
+    return {
+        "unguarded": _judged(model, formats, usable, judge),
+        "num_layers_changed": sum(bool(each.tensors) for each in solutions.values()),
+        "num_layers_not_finite": len(broken),
+        "seconds": {"calibrate": round(seconds, 3)},
+    }
 
 
 def _can_freeze(
@@ -170,22 +189,23 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """One row for each model and algorithm, in Markdown."""
     lines = [
         "| model | algorithm | SQNR dB | metric | loss | effective bits (extras) | layers changed, "
-        "rejected | whole model: SQNR dB, metric | unguarded: SQNR dB, metric, broken layers | s |",
-        "|---" * 10 + "|",
+        "rejected or broken | layer by layer alone: SQNR dB, metric | s |",
+        "|---" * 9 + "|",
     ]
     for name, entry in entries.items():
         baseline = f"{entry['metric']} {_number(entry['baseline_metric'])}"
-        lines.append(f"| {name} | uncompressed | | {baseline} |" + " |" * 6)
+        lines.append(f"| {name} | uncompressed | | {baseline} |" + " |" * 5)
         for algorithm, row in entry["rows"].items():
-            facts, after, raw = row["by_layer"], row["by_model"], row.get("unguarded")
-            whole = "the same" if after == facts else _pair(after)
-            unguarded = "" if raw is None else f"{_pair(raw)}, {raw['num_layers_not_finite']}"
+            facts = row.get("unguarded") or row["by_model"]
+            alone = row.get("by_layer", facts)
+            not_used = row.get("num_layers_rejected", row.get("num_layers_not_finite"))
             lines.append(
                 f"| {name} | {algorithm} | {_number(facts['sqnr_db'])} | "
                 f"{_number(facts['metric'])} | {_number(facts['loss'], '.3g')} | "
                 f"{facts['effective_bits']:.3f} ({facts['effective_bits_of_extras']:.3f}) | "
-                f"{row['num_layers_changed']}, {row['num_layers_rejected']} | {whole} | "
-                f"{unguarded} | {row['seconds']['calibrate']:.1f} |"
+                f"{row['num_layers_changed']}, {not_used} | "
+                f"{'the same' if alone == facts else _pair(alone)} | "
+                f"{row['seconds']['calibrate']:.1f} |"
             )
     return "\n".join(lines)
 

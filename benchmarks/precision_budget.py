@@ -10,6 +10,9 @@ Linear layers that receive the same tensor share a format in our plans, as a run
 needs it; in those of the peer they need not. So both are searched both ways: `free` is our search
 without this rule, from the same predictions, and "one format an input" is the peer with it.
 
+`shipped` is what the product makes of the bound, with its layers calibrated; the peer's plans are
+rounded plainly, as `auto_quantize` leaves them with these formats.
+
 The peer is handed the calibration clips as its loader and its own numbers of steps, which the end
 of the loader cuts short: it calibrates and scores on all clips. In "16 scored" it scores as few
 clips as we predict from; for "kl_div" alone, which is brute force, there is nothing else. The
@@ -40,7 +43,7 @@ from vcompress.benchmarks.peers.modelopt_auto import (
 )
 from vcompress.benchmarks.peers.modelopt_setup import BITS, Method, modelopt
 from vcompress.benchmarks.precision_judge import Judge, finite, warm_up
-from vcompress.benchmarks.precision_plans import Plans, bits_in_peer_count
+from vcompress.benchmarks.precision_plans import Judged, Plans, bits_in_peer_count
 from vcompress.benchmarks.zoo import BenchModel
 from vcompress.calib.observe import observe
 from vcompress.calib.stats import Stats
@@ -157,17 +160,20 @@ def measure(bench: BenchModel, *, peers: Sequence[str], seed: int) -> dict[str, 
     found = {bound: ours.choose(bound) for bound in bounds}
     theirs = {name: _search(bench, PEERS[name], bounds, ours, seed) for name in peers}
     again = _prepare(bench, seed)
-    plans = Plans(bench=bench, judge=judge, stats=ours.stats, search=ours.grouped)
+    plans = Plans(
+        bench=bench, judge=judge, stats=ours.stats, search=ours.grouped, formats=FORMATS, seed=seed
+    )
     rows = []
     for index, bound in enumerate(bounds):
         formats, first = found[bound]
         runs = [first, again.choose(bound)[1]]
         slower = max(sum(run.values()) for run in runs)
         own = {False: formats, True: ours.formats(bound, free=True)}
+        shipped = plans.shipped(bound)
         compared = {
             name: result
             if isinstance(result, str)
-            else _compared(plans, ours, result[index], own, slower)
+            else _compared(plans, ours, result[index], own, shipped, slower)
             for name, result in theirs.items()
         }
         mine = {
@@ -180,6 +186,7 @@ def measure(bench: BenchModel, *, peers: Sequence[str], seed: int) -> dict[str, 
         rows.append({
             "effective_bits_at_most": bound, "ours": mine,
             "free": dict(plans.judged(own[True]).facts), "peers": compared,
+            **({} if shipped is None else {"shipped": dict(shipped.facts)}),
         })  # fmt: skip
     return {
         **judge.facts(),
@@ -218,12 +225,13 @@ def _search(
 
 def _compared(
     plans: Plans, ours: _Ours, peer: PeerPlan, own: Mapping[bool, Mapping[str, str]],
-    our_seconds: float,
+    shipped: Judged | None, our_seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     """The peer's plan, the losses of ours over its loss, and our seconds as a share of its own.
 
     Args:
         own: our plans under the same bound in our own count; the key says whether it is free.
+        shipped: what the product makes of the same bound in our own count.
     """
     theirs = plans.judged(peer.formats)
     bits = theirs.facts["effective_bits_our_count"]
@@ -234,6 +242,8 @@ def _compared(
             "in_own_counts": plans.judged(own[free]).over(theirs),
             "in_our_count": at_its_bits.over(theirs),
         }
+    if shipped is not None:
+        ratios["shipped"] = {"in_own_counts": shipped.over(theirs)}
     return {
         **theirs.facts,
         "meets_the_bound": peer.satisfied,
@@ -248,8 +258,8 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "| model | bits | who | bits, peer's / our count | loss | metric | s | time: ours / peer's "
         "| loss: free ours / peer's, own counts | our count | loss: ours / peer's, own counts "
-        "| our count |",
-        "|---" * 12 + "|",
+        "| our count | loss: shipped / peer's |",
+        "|---" * 13 + "|",
     ]
     for name, entry in entries.items():
         if entry["bounds_that_cannot_be_met"]:
@@ -257,7 +267,7 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
             fewest = entry["fewest_effective_bits"]
             lines.append(
                 f"| {name} | {cannot} | nobody: it takes {fewest['peer']:.2f} / "
-                f"{fewest['ours']:.2f} |" + " |" * 9
+                f"{fewest['ours']:.2f} |" + " |" * 10
             )
         for row in entry["rows"]:
             lines += _rows_of_bound(name, row)
@@ -267,12 +277,13 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
 def _rows_of_bound(name: str, row: Mapping[str, Any]) -> list[str]:
     bound = f"{row['effective_bits_at_most']:g}"
     lines = [
-        f"| {name} | {bound} | {who} | {_plan_cells(facts)}" + " |" * 6
-        for who, facts in (("ours", row["ours"]), ("ours, free", row["free"]))
+        f"| {name} | {bound} | {who} | {_plan_cells(row[key])}" + " |" * 7
+        for who, key in (("ours", "ours"), ("ours, free", "free"), ("shipped", "shipped"))
+        if key in row
     ]
     for peer, result in row["peers"].items():
         if isinstance(result, str):
-            lines.append(f"| {name} | {bound} | {peer} | {result} |" + " |" * 8)
+            lines.append(f"| {name} | {bound} | {peer} | {result} |" + " |" * 9)
             continue
         who = peer if result["meets_the_bound"] else f"{peer} (misses the bound)"
         ratios = " | ".join(
@@ -280,6 +291,8 @@ def _rows_of_bound(name: str, row: Mapping[str, Any]) -> list[str]:
             for ours in ("free", "ours")
             for count in ("in_own_counts", "in_our_count")
         )
+        shipped = result["loss_over_peer"].get("shipped", {}).get("in_own_counts")
+        ratios += f" | {'' if shipped is None else _ratio(shipped)}"
         lines.append(
             f"| {name} | {bound} | {who} | {_plan_cells(result)} | "
             f"{result['our_seconds_percent']:.0f} % | {ratios} |"
@@ -288,7 +301,8 @@ def _rows_of_bound(name: str, row: Mapping[str, Any]) -> list[str]:
 
 
 def _plan_cells(facts: Mapping[str, Any]) -> str:
-    bits = f"{facts['effective_bits_peer_count']:.2f} / {facts['effective_bits_our_count']:.2f}"
+    theirs = facts.get("effective_bits_peer_count")
+    bits = f"{'' if theirs is None else f'{theirs:.2f}'} / {facts['effective_bits_our_count']:.2f}"
     loss, metric = (
         "not finite" if facts[key] is None else f"{facts[key]:.4g}" for key in ("loss", "metric")
     )

@@ -24,12 +24,13 @@ class Judge:
     def __init__(self, bench: BenchModel) -> None:
         self._bench = bench
         self._loss = loss_of(bench.model.task)
-        self._batches = [torch.from_numpy(batch) for batch in bench.test.batches(_BATCH_SIZE)]
+        self._batches = list(bench.test.tensors(_BATCH_SIZE))
         self._reference = self._outputs(bench.model)
+        self._done = self._task(bench.model, self._reference)
 
     def facts(self) -> dict[str, Any]:
         """What all candidates of the model have in common."""
-        name, value = self._metric(self._reference)
+        name, value = self._metric(self._done)
         return {
             "loss": self._loss.name,
             "metric": name,
@@ -52,14 +53,17 @@ class Judge:
         return {
             "loss": finite(float(losses.mean())),
             "sqnr_db": None if broken else finite(sqnr_db(self._reference, output)),
-            "metric": finite(self._metric(output)[1]),
+            "metric": finite(self._metric(self._task(candidate, output))[1]),
         }, losses
 
     def _outputs(self, model: VideoModel) -> torch.Tensor:
         return torch.cat([model(batch) for batch in self._batches])
 
-    def _metric(self, output: torch.Tensor) -> tuple[str, float]:
-        return self._bench.task_metric(self._reference, output, self._bench.labels)
+    def _task(self, model: VideoModel, output: torch.Tensor) -> torch.Tensor:
+        return output if self._bench.run is None else self._bench.run(model)
+
+    def _metric(self, done: torch.Tensor) -> tuple[str, float]:
+        return self._bench.task_metric(self._done, done, self._bench.labels)
 
 
 def finite(value: float) -> float | None:

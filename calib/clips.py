@@ -91,17 +91,25 @@ class Clips(Sequence[Array]):
     ) -> Clips:
         """Clips from frames or from ready inputs, told apart by dtype and shape (see `data`).
 
-        Clips without names are called `clip[0]`, `clip[1]` and so on.
+        Clips without names are called `clip[0]`, `clip[1]` and so on. Those that hold NaN or
+        infinity are left out, with the reason in `skipped`, if there are others.
         """
         if names is None:
             names = [f"clip[{index}]" for index in range(len(data))] if data.ndim else []
-        return cls(
-            spec=spec,
-            data=data,
-            names=tuple(names),
-            labels=None if labels is None else _label_indices(labels, label_names),
-            skipped=skipped,
-        )
+        classes = None if labels is None else _label_indices(labels, label_names)
+        finite = _finite(data)
+        if 0 < len(finite) < len(data) == len(names) and len(data) == len(
+            names if classes is None else classes
+        ):
+            kept = set(finite)
+            skipped = (*skipped, *(
+                (name, "holds NaN or infinity")
+                for index, name in enumerate(names)
+                if index not in kept
+            ))  # fmt: skip
+            data, names = data[finite], [names[index] for index in finite]
+            classes = None if classes is None else tuple(classes[index] for index in finite)
+        return cls(spec=spec, data=data, names=tuple(names), labels=classes, skipped=skipped)
 
     @cached_property
     def digest(self) -> str:
@@ -214,6 +222,13 @@ def _listed(shape: tuple[int, ...]) -> str:
     return ", ".join(map(str, shape))
 
 
+def _finite(data: Array) -> list[int]:
+    """The clips that hold neither NaN nor infinity."""
+    if data.dtype.kind != "f" or not data.ndim:
+        return list(range(len(data))) if data.ndim else []
+    return [index for index, clip in enumerate(data) if np.isfinite(clip).all()]
+
+
 def _holds_frames(data: Array, spec: ClipSpec) -> bool:
     return data.dtype == np.uint8 and data.shape[1:] == _frames_shape(spec)
 
@@ -230,8 +245,8 @@ def _check_data(data: Array, spec: ClipSpec) -> None:
     if not len(data):
         message = "at least one clip is needed, got none"
         raise InputError(message)
-    if data.dtype.kind == "f":
-        for index, clip in enumerate(data):
-            if not np.isfinite(clip).all():
-                message = f"clips must be finite; clip {index} holds NaN or infinity, remove it"
-                raise InputError(message)
+    finite = _finite(data)
+    if len(finite) < len(data):
+        index = next(index for index, at in enumerate([*finite, -1]) if index != at)
+        message = f"clips must be finite; clip {index} holds NaN or infinity, remove it"
+        raise InputError(message)

@@ -6,6 +6,7 @@ import operator
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ def load_clips(
     else:
         message = f"clips cannot be read from a {type(source).__name__}; {_ACCEPTED}"
         raise InputError(message)
-    return clips if limit is None or len(clips) <= limit else clips.sample(limit, seed)
+    if limit is None or len(clips) <= limit:
+        return clips
+    return replace(clips.sample(limit, seed), skipped=clips.skipped)
 
 
 def _from_path(
@@ -168,7 +171,8 @@ def _from_iterable(
     for position, item in enumerate(islice(source, limit)):
         clip, label = _clip_and_label(item, position)
         if position == 0:
-            Clips.from_array(clip[None], spec)  # says at once what is wrong with the shape
+            # Says at once what is wrong with the shape.
+            Clips.from_array(np.zeros_like(clip[None]), spec)
         elif clip.shape != arrays[0].shape or clip.dtype != arrays[0].dtype:
             message = (
                 f"clips must be alike: clip 0 is {arrays[0].dtype} of shape "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vcompress.calib.calls import Calls, Samples, load_calls
@@ -106,7 +106,7 @@ def open_clip_sets(
         raise InputError(message)
     test, calibration = everything.split(_TEST_SHARE, seed)
     return ClipSets(
-        calibration=calibration,
+        calibration=replace(calibration, skipped=everything.skipped),
         test=test,
         test_source=f"{calib} (held out)",
         skipped=everything.skipped,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vcompress.calib.calls import Samples
+from vcompress.calib.calls import Calls, Samples
 from vcompress.compress.losses import TaskLoss
 from vcompress.models.calls import Batch
 
@@ -59,12 +59,23 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def fit_and_judge(clips: Samples) -> tuple[Samples, Samples | None]:
-    """Two thirds of `clips` to fit, and the others to judge by; all and None, if there is one."""
+    """Two thirds of `clips` to fit, and the others to judge by; all and None, if there is one.
+
+    Of recorded calls whole generations are held out: steps of one generation have the same prompt,
+    and what was fitted to it would be judged by it.
+    """
     if len(clips) < 2:
         return clips, None
-    judged = set(range(1, len(clips), _HELD_OUT_EVERY))
-    fitted = [index for index in range(len(clips)) if index not in judged]
-    return clips.subset(fitted), clips.subset(sorted(judged))
+    sources = clips.generations if isinstance(clips, Calls) else tuple(range(len(clips)))
+    known = sorted(set(sources))
+    if len(known) < 2:
+        sources, known = tuple(range(len(clips))), list(range(len(clips)))
+    held = set(known[1::_HELD_OUT_EVERY])
+    parts = [
+        [index for index, source in enumerate(sources) if (source in held) is judged]
+        for judged in (False, True)
+    ]
+    return clips.subset(parts[0]), clips.subset(parts[1])
 
 
 def choose_clips(

@@ -80,6 +80,7 @@ def empty_plan(model: VideoModel, calibration: Samples, options: Options) -> Com
             "calib_sha256": calibration.digest,
             "num_clips": len(calibration),
             "num_clips_asked": options.num_clips,
+            **({"skipped_clips": dict(calibration.skipped)} if calibration.skipped else {}),
             "algorithm": options.algorithm,
             "max_layer_error": options.max_layer_error,
             "vcompress": vcompress.__version__,

@@ -159,7 +159,12 @@ def test_clips_must_be_finite(value: float) -> None:
     data = np.zeros((3, 2, 3, 4, 5), np.float32)
     data[1, 0, 2, 3, 1] = value
     with pytest.raises(InputError, match="clip 1 holds NaN or infinity"):
-        Clips.from_array(data, SPEC)
+        Clips(spec=SPEC, data=data, names=("a", "b", "c"))
+    with pytest.raises(InputError, match="clip 0 holds NaN or infinity"):
+        Clips.from_array(data[1:2], SPEC)
+    clips = Clips.from_array(data, SPEC, names=["a", "b", "c"], labels=[3, 4, 5])
+    assert (clips.names, clips.labels) == (("a", "c"), (3, 5))
+    assert clips.skipped == (("b", "holds NaN or infinity"),)
 
 
 @pytest.mark.parametrize(

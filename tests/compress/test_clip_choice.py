@@ -7,9 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from vcompress.calib.calls import Calls
+from vcompress.calib.calls import _Row as Row
 from vcompress.calib.clips import Clips
-from vcompress.compress.clip_choice import choose_clips
+from vcompress.compress.clip_choice import choose_clips, fit_and_judge
 from vcompress.compress.losses import TaskLoss, loss_of
+from vcompress.models.calls import Call
 from vcompress.models.video import VideoModel
 
 MakeClips = Callable[..., Clips]
@@ -64,3 +67,22 @@ def test_otherwise_clips_are_at_even_distances(
     chosen = choose_clips(make_clips(transformer, count), 10, loss, outputs, 0)
     assert chosen.indices == [index * count // 10 for index in range(10)]
     assert torch.cat(chosen.weights).tolist() == [1.0] * 10
+
+
+def test_whole_generations_are_held_out() -> None:
+    call = Call(tensors={"x": torch.zeros(12, 4)})
+    rows = [
+        Row(call=call, row=index, generation=index // 3, step=index % 3, name=f"call {index}")
+        for index in range(12)
+    ]
+    calls = Calls(module_class="Denoiser", rows=tuple(rows))
+    fitted, judged = fit_and_judge(calls)
+    assert isinstance(fitted, Calls)
+    assert isinstance(judged, Calls)
+    assert set(fitted.generations) == {0, 2, 3}
+    assert set(judged.generations) == {1}
+    assert (len(fitted), len(judged)) == (9, 3)
+    # One generation alone is divided by its steps.
+    fitted, judged = fit_and_judge(calls[:3])
+    assert judged is not None
+    assert (len(fitted), len(judged)) == (2, 1)

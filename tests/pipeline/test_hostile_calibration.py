@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import vcompress
 from vcompress.calib.clips import Clips
+from vcompress.calib.sources import ClipRequest, open_clip_sets
 from vcompress.models.load import LoadOptions, wrap_module
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.planning import apply_plan, make_plan
@@ -84,6 +86,27 @@ def test_every_layer_has_a_reason_and_the_plan_works(target: str, algorithm: str
         assert plan.quantize["dead"].format != "keep"
         assert plan.quantize["rare"].format == "keep"
         assert "clips that errors are measured on do not reach" in plan.quantize["rare"].reason
+
+
+def test_a_clip_with_nan_is_left_out_and_the_plan_says_so(tmp_path: Path) -> None:
+    model, clips = opened()
+    data = clips.data[:9].copy()
+    data[4, 0, 0, 0, 0] = math.nan
+    np.savez(tmp_path / "clips.npz", clips=data, names=[f"take {number}" for number in range(9)])
+    spec = model.clip
+    for data_path in (None, str(tmp_path / "clips.npz")):
+        request = ClipRequest(
+            calib=str(tmp_path / "clips.npz"), data=data_path, num_clips=6, num_test_clips=6, seed=0
+        )
+        if data_path is not None:
+            np.savez(tmp_path / "others.npz", clips=clips.data[11:])
+            request = dataclasses.replace(request, data=str(tmp_path / "others.npz"))
+        sets = open_clip_sets(request, spec, ())
+        options = vcompress.Options(target="int8", calib="clips.npz", max_layer_error=5.0)
+        plan, _ = make_plan(model, sets.calibration, options)
+        assert plan.evidence["skipped_clips"] == {"take 4": "holds NaN or infinity"}
+        assert plan.evidence["num_clips"] == 6
+        plan.to_json()
 
 
 def test_activations_that_are_not_finite_name_their_layer() -> None:
