@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["LARGEST_TOPK", "ascending", "descending"]
+__all__ = ["LARGEST_TOPK", "ascending", "ascending_order", "descending"]
 
 LARGEST_TOPK = 3840
 # Rows of a block of comparisons.
@@ -40,7 +40,12 @@ def descending(scores: torch.Tensor) -> torch.Tensor:
 
 def ascending(places: torch.Tensor) -> torch.Tensor:
     """Distinct integers `[..., N]` below 2^24, sorted; int64."""
-    return places.gather(-1, descending(-places.float()))
+    return places.gather(-1, ascending_order(places))
+
+
+def ascending_order(numbers: torch.Tensor) -> torch.Tensor:
+    """Places of integers `[..., N]` below 2^24 from the smallest to the largest; int64."""
+    return descending(-numbers.float())
 
 
 def _ranks(scores: torch.Tensor) -> torch.Tensor:

@@ -17,19 +17,12 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Chain", "Mixing", "Reducer", "Reduction", "take"]
+from vcompress.compress.tokens.groups import Groups, take
 
+__all__ = ["MANY_SOURCES", "Chain", "Mixing", "Reducer", "Reduction", "take"]
 
-def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows `[B, K, C]` of `x` `[B, N, C]` at `index` `[B, K]`.
-
-    One gather over all rows: an index for every element, as `torch.gather` wants it, costs more
-    than the rows.
-    """
-    num_sequences, num_tokens, width = x.shape
-    first = torch.arange(num_sequences, device=x.device)[:, None] * num_tokens
-    rows = x.reshape(-1, width).index_select(0, (index + first).reshape(-1))
-    return rows.view(num_sequences, index.shape[1], width)
+# From so many sources on, one product over all of them costs more than sorting them.
+MANY_SOURCES = 256
 
 
 class Reducer(Protocol):
@@ -77,8 +70,11 @@ class Reduction:
             return take(tokens, self.kept), take(column, self.kept)[..., 0]
         alone = self.kept.shape[1] - self.num_receivers
         receivers = self.kept[:, alone:]
-        if not _is(self.value_share, 0.0) and 2 * self.source.shape[1] <= self.num_receivers:
-            return self._apply_few(tokens, column, receivers)
+        if not _is(self.value_share, 0.0):
+            if self.source.shape[1] >= MANY_SOURCES:
+                return self._apply_many(tokens, column, receivers)
+            if 2 * self.source.shape[1] <= self.num_receivers:
+                return self._apply_few(tokens, column, receivers)
         own, moving = take(column, receivers), take(column, self.source)
         joins = self._joins(sizes.dtype)
         merged, grown = take(tokens, receivers), own
@@ -121,6 +117,27 @@ class Reduction:
             take(torch.cat([tokens, changed], dim=1), rows),
             take(torch.cat([column, grown], dim=1), rows)[..., 0],
         )
+
+    def _apply_many(
+        self, tokens: torch.Tensor, column: torch.Tensor, receivers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `apply`, where a one-hot product over all sources would be most of the work."""
+        groups = Groups.of(self.target, self.num_receivers)
+        own, moving = take(column, receivers), take(column, self.source)
+        ones = torch.ones_like(moving[..., 0])
+        both = [moving * _column(self.value_share), moving * _column(self.size_share)]
+        added = groups.sums(torch.cat(both, dim=-1), ones)
+        total = own + added[..., :1]
+        # Divided in front of the product, as everywhere: sums of half precision stay in range.
+        shares = both[0] / take(total, self.target)
+        joined = groups.sums(tokens, shares[..., 0], self.source)
+        merged = take(tokens, receivers) * (own / total).to(tokens.dtype) + joined
+        grown = own + added[..., 1:]
+        alone = self.kept[:, : self.kept.shape[1] - self.num_receivers]
+        if alone.shape[1] > 0:
+            merged = torch.cat([take(tokens, alone), merged], dim=1)
+            grown = torch.cat([take(column, alone), grown], dim=1)
+        return merged, grown[..., 0]
 
     def destination(self) -> torch.Tensor:
         """See `Reducer`; -1 for a source that neither counts nor hands over its size."""

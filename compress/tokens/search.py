@@ -82,6 +82,23 @@ class TokenSearch:
         moved = [self._improved(found, share) for found in finalists[:_NUM_MOVED]]
         return min(moved, key=lambda found: found.measured.loss)
 
+    def improved(self, section: TokenSection, share: float) -> Found:
+        """The third step alone, from `section`.
+
+        Raises:
+            InputError: it does not get to `share` of the operations.
+        """
+        blocks = self._trials.model.token_blocks
+        sites = (
+            Site(blocks.index(block), site.technique, site.keep / section.num_patches)
+            for block, site in section.sites.items()
+        )
+        found = self._tried(Candidate(tuple(sites), section.attention), share, None)
+        if found is None:
+            message = f"the schedule does not get to {share:.2f} of the operations"
+            raise InputError(message)
+        return self._improved(found, share)
+
     def within(self, budget: Budget) -> Found | None:
         """The schedule of fewest operations that holds `budget`; None if none does.
 

@@ -60,6 +60,36 @@ def test_reduced_models_export_match_and_build(
         builds_in_tensorrt(path)
 
 
+@pytest.mark.parametrize(
+    "sites",
+    [
+        (("static_frames", 40), ("saliency", 24), ("energy", 16), ("drop", 12)),
+        (("places", 48), ("frames", 36), ("temporal_sampling", 24), ("grouped", 16)),
+    ],
+)
+def test_other_techniques_in_a_row_export_match_and_build(
+    tiny: Callable[..., VideoModel], tmp_path: Path, builds_in_tensorrt: Callable[..., None],
+    sites: tuple[tuple[str, int], ...],
+) -> None:  # fmt: skip
+    model = tiny("vivit", num_frames=8, num_hidden_layers=len(sites))
+    blocks = zip(model.token_blocks, sites, strict=True)
+    section = TokenSection(
+        attention="proportional_fused", num_patches=64,
+        sites={name: TokenSite(technique=site[0], keep=site[1]) for name, site in blocks},
+    )  # fmt: skip
+    planned = model.copy()
+    apply_reduction(planned, section)
+    path = tmp_path / "reduced.onnx"
+    export_onnx(PrimaryOutput(planned.module), model.example(), path, dialect="portable")
+    session = open_session(path)
+    for seed in (1, 2):
+        clips = model.example(1, seed=seed)
+        expected = planned(clips)
+        assert not torch.equal(expected, model(clips))
+        assert np.allclose(session.run(clips.numpy()), expected.numpy(), atol=1e-5)
+    builds_in_tensorrt(path)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_proportional_forms_agree(tiny: Tiny, family: str) -> None:
     model = tiny(family)
