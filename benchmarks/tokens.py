@@ -23,6 +23,7 @@ import torch
 import vcompress
 from vcompress.benchmarks import tokens_clock, tokens_joint, tokens_matching, tokens_quality
 from vcompress.compress.tokens.decide import NUM_SEARCH_CLIPS
+from vcompress.spec.token_section import ATTENTIONS
 from vcompress.validate.latency import describe_device
 
 RESULTS = Path(__file__).parent / "results" / "tokens.json"
@@ -52,20 +53,28 @@ def measure(
     words = f"{section} --threads {arguments.threads} --seed {arguments.seed}"
     results: Iterable[dict[str, Any]]
     if section == "clock":
-        results = [tokens_clock.measure(threads=arguments.threads, rounds=arguments.rounds)]
-        words += f" --rounds {arguments.rounds}"
+        results = [
+            tokens_clock.measure(
+                threads=arguments.threads, rounds=arguments.rounds, attentions=arguments.attentions
+            )
+        ]
+        words += f" --rounds {arguments.rounds} --attentions {' '.join(arguments.attentions)}"
     elif section == "matching":
         results = [tokens_matching.measure(rounds=arguments.rounds)]
         words += f" --rounds {arguments.rounds}"
     elif section == "joint":
-        results = [tokens_joint.measure(model, seed=arguments.seed)]
-        words += f" --models {model}"
+        stored = read()["quality"].get(model)
+        results = [
+            tokens_joint.measure(model, stored, seed=arguments.seed, num_test=arguments.num_test)
+        ]
+        words += f" --models {model} --num-test {arguments.num_test}"
     else:
         scope = tokens_quality.Scope(
             shares=tuple(arguments.shares), num_search=arguments.num_search,
             schedules=tuple(arguments.schedules) if arguments.schedules else None,
             num_test=arguments.num_test,
-            num_refit=arguments.num_refit, max_moves=arguments.max_moves, seed=arguments.seed,
+            num_refit=arguments.num_refit, max_moves=arguments.max_moves,
+            goes_on=arguments.go_on, seed=arguments.seed,
         )  # fmt: skip
         results = tokens_quality.measure(model, scope, known)
         words += (
@@ -111,7 +120,9 @@ def main() -> None:
     parser.add_argument("--num-test", type=int, default=tokens_quality.NUM_TEST, help="likewise")
     parser.add_argument("--num-refit", type=int, default=tokens_quality.NUM_CALIBRATION)
     parser.add_argument("--max-moves", type=int, default=50, help="of the search in `quality`")
+    parser.add_argument("--go-on", action="store_true", help="search from what is stored")
     parser.add_argument("--rounds", type=int, default=10, help="of `clock` and `matching`")
+    parser.add_argument("--attentions", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
     parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -9,7 +9,7 @@ without reduction in ONNX Runtime and in OpenVINO, all of them in turn.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,15 @@ _WARM_UP = 2
 Array = npt.NDArray[np.float32]
 
 
-def measure(*, threads: int, rounds: int) -> dict[str, Any]:
-    """Time all schedules in both runtimes."""
+def measure(*, threads: int, rounds: int, attentions: Sequence[str]) -> dict[str, Any]:
+    """Time all shapes with each of `attentions` in both runtimes."""
     model = geometry()
     fitter = Fitter(model)
     clip = model.example().numpy()
     with tempfile.TemporaryDirectory() as folder:
         files, shares = {"model": _exported(model, Path(folder) / "model.onnx")}, {}
         for name, shape in SHAPES.items():
-            for attention in ("plain", "proportional", "proportional_fused"):
+            for attention in attentions:
                 sites = tuple(Site(block, _TECHNIQUE, left) for block, left in shape)
                 section = fitter.fit(Candidate(sites, attention), SHARE)
                 assert section is not None

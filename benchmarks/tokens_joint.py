@@ -1,8 +1,9 @@
 """Token reduction and precision, together and apart; see `benchmarks/tokens.py`.
 
-Each row is one `vcompress quantize` without an engine: its planned torch module on the whole test
-set. The schedule is the searched one at half of the operations; it is decided first, so that
-activations are calibrated on what is left, as in every run of the product.
+Each row is one `vcompress quantize` without an engine: its planned torch module on the test clips.
+The schedule is the one at half of the operations that `quality` found, if that is stored, or is
+searched; it is decided first, so that activations are calibrated on what is left, as in every run
+of the product.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 
 from vcompress.benchmarks import zoo
-from vcompress.benchmarks.tokens_quality import NUM_CALIBRATION, NUM_TEST, top1_percent
+from vcompress.benchmarks.tokens_quality import NUM_CALIBRATION, top1_percent
 from vcompress.compress.tokens.decide import trials_on
 from vcompress.compress.tokens.search import TokenSearch
+from vcompress.compress.tokens.shapes import Fitter
+from vcompress.compress.tokens.surgery import apply_reduction
 from vcompress.pipeline.planning import apply_plan, make_plan
 from vcompress.pipeline.run import Options
+from vcompress.spec.token_section import TokenSection
 
 __all__ = ["measure", "table"]
 
@@ -27,32 +31,41 @@ _NUM_CLIPS = 64
 _BATCH_SIZE = 50
 
 
-def measure(name: str, *, seed: int) -> dict[str, Any]:
-    """Drops of reduction alone, each target alone, and both."""
+def measure(
+    name: str, stored: dict[str, Any] | None, *, seed: int, num_test: int
+) -> dict[str, Any]:
+    """Drops of reduction alone, each target alone, and both.
+
+    Args:
+        name: of a reference model.
+        stored: its entry of `quality`.
+        seed: of the draws.
+        num_test: clips that are judged, at most as many as there are.
+    """
     import tempfile
     from dataclasses import replace
 
     from vcompress.pipeline.planning import empty_plan, save_plan
 
-    bench = zoo.load(name, Path(), num_calibration=NUM_CALIBRATION, num_test=NUM_TEST)
+    bench = zoo.load(name, Path(), num_calibration=NUM_CALIBRATION, num_test=num_test)
     test = [torch.from_numpy(batch) for batch in bench.test.batches(_BATCH_SIZE)]
     labels = torch.as_tensor(bench.labels)
     calibration = bench.calibration.subset(range(_NUM_CLIPS))
-    search = TokenSearch(trials_on(bench.model, bench.calibration, seed))
-    found = search.at_share(SHARE)
-    centers = search.fitted(found.section)
+    trials = trials_on(bench.model, bench.calibration, seed)
+    section = _searched(stored) or TokenSearch(trials).at_share(SHARE).section
     baseline = top1_percent(bench.model, test, labels)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         schedule = Path(folder) / "tokens.json"
         empty = empty_plan(bench.model, calibration, Options(seed=seed))
-        save_plan(replace(empty, tokens=found.section), {}, schedule)
+        save_plan(replace(empty, tokens=section), {}, schedule)
         for target in (None, *TARGETS):
             for tokens in (None, str(schedule)):
                 if target is None and tokens is None:
                     continue
                 if target is None:
-                    planned = apply_plan_of_tokens(bench.model, found.section, centers)
+                    planned = bench.model.copy()
+                    apply_reduction(planned, section, trials.fitted(section))
                 else:
                     options = Options(target=target, tokens=tokens, seed=seed)
                     plan, tensors = make_plan(bench.model, calibration, options)
@@ -66,17 +79,16 @@ def measure(name: str, *, seed: int) -> dict[str, Any]:
     return {
         "model": {"name": name, "weights_sha256": bench.model.weights_sha256},
         "num_test_clips": len(labels), "baseline_top1_percent": baseline,
-        "flop_share": found.flop_share, "section": found.section.as_dict(), "rows": rows,
+        "flop_share": Fitter(bench.model).share_of(section), "section": section.as_dict(),
+        "rows": rows,
     }  # fmt: skip
 
 
-def apply_plan_of_tokens(model: Any, section: Any, tensors: Any) -> Any:
-    """A copy of `model` with `section` alone."""
-    from vcompress.compress.tokens.surgery import apply_reduction
-
-    planned = model.copy()
-    apply_reduction(planned, section, tensors)
-    return planned
+def _searched(stored: dict[str, Any] | None) -> TokenSection | None:
+    for row in stored["rows"] if stored else ():
+        if row["name"] == "search" and row["share"] == SHARE:
+            return TokenSection.from_dict(row["section"])
+    return None
 
 
 def table(entries: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ Operations are the formula's; for the search those that really ran are counted b
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ class Scope:
         num_test: clips that they are judged on, at most as many as there are.
         num_refit: calibration clips that the readout is refitted on.
         max_moves: of the search, see `TokenSearch`.
+        goes_on: the search begins with the schedule that is stored, where one is.
         seed: of the draws.
     """
 
@@ -69,6 +70,7 @@ class Scope:
     num_test: int = NUM_TEST
     num_refit: int = NUM_CALIBRATION
     max_moves: int = 50
+    goes_on: bool = False
     seed: int = 0
 
     def asks_for(self, name: str) -> bool:
@@ -94,13 +96,13 @@ def measure(name: str, scope: Scope, known: dict[str, Any]) -> Iterator[dict[str
     entry: dict[str, Any] = {
         "model": {"name": name, "weights_sha256": bench.model.weights_sha256},
         "num_test_clips": len(labels), "num_search_clips": trials.num_clips,
-        "num_refit_clips": scope.num_refit, "max_moves": scope.max_moves,
+        "num_refit_clips": scope.num_refit,
     }  # fmt: skip
     same = all(known.get(key) == value for key, value in entry.items())
     rows = {(row["share"], row["name"]): row for row in known["rows"]} if same else {}
     baseline = known["baseline_top1_percent"] if same else top1_percent(bench.model, test, labels)
     for share in scope.shares:
-        for row_name, section, seconds in _schedules(trials, share, scope):
+        for row_name, section, seconds in _schedules(trials, share, scope, rows):
             planned = bench.model.copy()
             refitted = refitted_on(everything, section)
             apply_reduction(planned, section, refitted.tensors)
@@ -116,6 +118,7 @@ def measure(name: str, scope: Scope, known: dict[str, Any]) -> Iterator[dict[str
                     counted_flops(planned) / counted_flops(bench.model)
                     if row_name == "search" else None
                 ),
+                "max_moves": scope.max_moves if row_name == "search" else None,
             }  # fmt: skip
             print(
                 f"{name} {share} {row_name}: {baseline - top1:.2f}, refitted "
@@ -147,13 +150,17 @@ def _order(row: dict[str, Any]) -> tuple[float, int]:
 
 
 def _schedules(
-    trials: Trials, share: float, scope: Scope
+    trials: Trials, share: float, scope: Scope, rows: Mapping[tuple[float, str], dict[str, Any]]
 ) -> Iterator[tuple[str, TokenSection, float | None]]:
     """The search first, as it is what matters most to who stops this early."""
     fitter = Fitter(trials.model)
     if scope.asks_for("search"):
-        started = time.perf_counter()
-        found = TokenSearch(Trials(trials.model, trials.batches), scope.max_moves).at_share(share)
+        started, known = time.perf_counter(), rows.get((share, "search"))
+        search = TokenSearch(Trials(trials.model, trials.batches), scope.max_moves)
+        if known is not None and scope.goes_on:
+            found = search.improved(TokenSection.from_dict(known["section"]), share)
+        else:
+            found = search.at_share(share)
         yield "search", found.section, time.perf_counter() - started
     constant = {
         attention: section
