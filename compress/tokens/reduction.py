@@ -3,7 +3,8 @@
 A token stands for one or several patches; how many is its size. A reduction from N tokens to K is
 one of two kinds. `Reduction` keeps some tokens and lets others join them or leave: one gather and
 one product with a one-hot matrix, or `groups` for many, since `scatter_reduce(reduce="mean")`
-exports to ONNX as another operation without a word. `Mixing` builds each new token out of all (see `techniques.centroids`).
+exports to ONNX as another operation without a word. `Mixing` builds each new token out of all (see
+`techniques.centroids`).
 
 Both average by size, know where each token went, and can put the result back on all N places.
 
