@@ -4,6 +4,11 @@ Every family of `compress.cache.ladder` is a ladder from exact to fast. The last
 target on the calibration clips is found by bisection; of all families the one that skips most
 wins. Quality is that of whole generated clips against the full model's from the same noise, so
 errors that a sampler heals are not counted, and errors that it amplifies are.
+
+What holds on calibration clips has to hold on others. Whatever is fitted is judged on clips of
+prompts that it was not fitted to (see `Ladder.refits`), and a rung holds only if the mean over the
+clips less its uncertainty does: by Student's distribution the mean over all clips then lies above
+the target nine times in ten.
 """
 
 from __future__ import annotations
@@ -16,23 +21,21 @@ from typing import Any
 import numpy as np
 
 from vcompress.compress.cache import CacheReport, Trajectory, apply_cache, observe
-from vcompress.compress.cache.ladder import Ladder, ladders, listed, schedules
-from vcompress.compress.cache.schedule import (
-    cheapest_schedules,
-    probe_steps,
-    reuse_errors,
-    weights_of,
-)
+from vcompress.compress.cache.ladder import Ladder, Probe, ladders, listed, schedules
+from vcompress.compress.cache.schedule import Runs, probe_steps
 from vcompress.pipeline.cache_sampler import Case, Sampler
 from vcompress.pipeline.run import Progress
 from vcompress.spec.cache_section import CacheSection
 from vcompress.validate.frames import Frames, psnr_db, ssim
 
-__all__ = ["METRICS", "Bar", "Found", "Search", "Trial", "run_section"]
+__all__ = ["METRICS", "Bar", "Found", "Search", "Trial", "lower_bound", "run_section"]
 
 METRICS: dict[str, Callable[[Frames, Frames], float]] = {"psnr_db": psnr_db, "ssim": ssim}
 # A clip alone that is so far below ends a trial early.
-_FAR = {"psnr_db": 4.0, "ssim": 0.1}
+_FAR = {"psnr_db": 8.0, "ssim": 0.2}
+_TINY = 1e-14
+# Nine tenths of Student's distribution, by number of clips less one.
+_STUDENT = (3.08, 1.89, 1.64, 1.53, 1.48, 1.44, 1.41, 1.40, 1.38, 1.37)
 
 
 @dataclass(frozen=True)
@@ -43,20 +46,26 @@ class Bar:
     least: float
 
     def holds(self, values: Sequence[float], *, margin: bool = False) -> bool:
-        """Whether `values` of clips reach it, with a margin of one standard error if asked."""
-        mean = float(np.mean(values))
-        if margin and len(values) > 1:
-            mean -= float(np.std(values, ddof=1)) / len(values) ** 0.5
-        return mean >= self.least
+        """Whether `values` of clips reach it, with a margin for what others may have if asked."""
+        return (lower_bound(values) if margin else float(np.mean(values))) >= self.least
 
     def is_far(self, value: float) -> bool:
         """Whether one clip says enough."""
         return value < self.least - _FAR[self.metric]
 
 
+def lower_bound(values: Sequence[float]) -> float:
+    """What the mean over all clips exceeds nine times in ten, judged by `values` of some."""
+    mean, more = float(np.mean(values)), len(values) - 1
+    if more < 1:
+        return mean
+    factor = _STUDENT[min(more, len(_STUDENT)) - 1]
+    return mean - factor * float(np.std(values, ddof=1)) / len(values) ** 0.5
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One section, run on clips."""
+    """One section, run on clips; in a search each clip has it fitted to the others."""
 
     section: CacheSection
     psnr_db: tuple[float, ...]
@@ -109,79 +118,113 @@ class Search:
     def ladders(self) -> list[Ladder]:
         """What there is to try; the first call probes what a reused step does to the clips."""
         if not self._ladders:
-            self._ladders = ladders(self._sampler.num_steps, self._trajectories)
-            # Two denoisers share the steps, and what one adds says nothing of the other.
-            if len(self._sampler.denoisers) == 1:
-                self._ladders.insert(0, self._scheduled())
+            folds = self._folds()
+            self._ladders = [
+                self._scheduled(folds),
+                *ladders(self._sampler.num_steps, self._trajectories, folds),
+            ]
         return self._ladders
 
     def run(self, bar: Bar, families: Sequence[Ladder] | None = None) -> list[Found]:
-        """The best of every family under `bar`, the one that skips most first."""
+        """The best of every family under `bar`, the one that skips most first.
+
+        A family is left as soon as what remains of it skips less than the best one before.
+        """
         families = self.ladders() if families is None else families
-        found = []
+        found: list[Found] = []
         with self._progress.stage("search", len(families)) as advance:
             for family in families:
-                found.append(self._climb(family, bar))
+                most = max(map(_skip_rate, found), default=0.0)
+                found.append(self._climb(family, bar, most))
                 advance(1)
         return sorted(found, key=_skip_rate, reverse=True)
 
-    def trial(self, section: CacheSection, bar: Bar | None = None) -> Trial:
-        """Run `section`; with `bar` the cases end at one that is far below."""
-        return run_section(self._sampler, section, self._cases, self._full, bar)
+    def trial(
+        self, section: CacheSection, bar: Bar | None = None,
+        refit: Sequence[CacheSection] | None = None,
+    ) -> Trial:  # fmt: skip
+        """Run `section`, or by clip those of `refit`; with `bar` it ends at a clip far below."""
+        return run_section(self._sampler, section, self._cases, self._full, bar=bar, refit=refit)
 
-    def _scheduled(self) -> Ladder:
+    def _folds(self) -> list[list[int]]:
+        """Of each clip, the generations with its prompt; the first is number 1."""
+        prompts = [case.prompt for case in self._cases]
+        return [
+            [at for at, other in enumerate(prompts, 1) if other is prompt or _equal(other, prompt)]
+            for prompt in prompts
+        ]
+
+    def _scheduled(self, folds: list[list[int]]) -> Ladder:
+        """Schedules, once the weight of the steps is measured: one step and one clip a run."""
         num_steps = self._sampler.num_steps
-        errors = reuse_errors(self._trajectories, num_steps)
-        probes = probe_steps(num_steps)
-        measured = {}
-        with self._progress.stage("probe", len(probes)) as advance:
-            for probe in probes:
-                trial = self.trial(listed(num_steps, [n for n in range(num_steps) if n != probe]))
-                measured[probe] = float(np.mean([
-                    np.square(ours - full).mean()
-                    for ours, full in zip(trial.clips, self._full, strict=True)
-                ]))  # fmt: skip
+        runs = Runs.of(self._trajectories, num_steps)
+        steps = probe_steps(num_steps, runs.starts)
+        probes = []
+        with self._progress.stage("probe", len(steps)) as advance:
+            for count, step in enumerate(steps):
+                at = count % len(self._cases)
+                others = [each for each in range(num_steps) if each != step]
+                mixture = runs.mixture_of(others)
+                trial = run_section(
+                    self._sampler, listed(num_steps, others, mixture), [self._cases[at]],
+                    [self._full[at]],
+                )  # fmt: skip
+                squared = float(np.square(trial.clips[0] - self._full[at]).mean())
+                probes.append(Probe(at + 1, step, squared / max(runs.error(step, at + 1), _TINY)))
                 advance(1)
-        return schedules(num_steps, cheapest_schedules(errors, weights_of(measured, errors)))
+        return schedules(runs, probes, folds)
 
-    def _climb(self, family: Ladder, bar: Bar) -> Found:
+    def _climb(self, family: Ladder, bar: Bar, least_skip: float = 0.0) -> Found:
         low, high, best, count = 0, len(family.rungs) - 1, None, 0
         while low <= high:
             middle = (low + high) // 2
-            tried = self.trial(family.rungs[middle], bar)
+            refit = family.refit(middle, len(self._cases))
+            tried = self.trial(family.rungs[middle], bar, refit)
             count += 1
-            if bar.holds(tried.values(bar.metric), margin=True):
+            is_whole = len(tried.clips) == len(self._cases)
+            if is_whole and bar.holds(tried.values(bar.metric), margin=True):
                 if best is None or tried.report.skip_rate > best.report.skip_rate:
                     best = tried
                 low = middle + 1
             else:
                 high = middle - 1
+                if tried.report.skip_rate < least_skip:
+                    break
         if best is not None and not best.report.hits.any():
             best = None
         return Found(family.name, best, count)
 
 
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two prompts are; those of embeddings are told apart as objects."""
+    return isinstance(first, str) and first == second
+
+
 def run_section(
-    sampler: Sampler, section: CacheSection, cases: Sequence[Case], full: Sequence[Frames],
-    bar: Bar | None = None,
+    sampler: Sampler, section: CacheSection, cases: Sequence[Case], full: Sequence[Frames], *,
+    bar: Bar | None = None, refit: Sequence[CacheSection] | None = None,
 ) -> Trial:  # fmt: skip
-    """Generate `cases` under `section` and compare with `full`.
+    """Generate `cases` under `section`, or each under its own of `refit`; compare with `full`.
 
     Raises:
         InputError: the cache was never consulted.
     """
     clips: list[Frames] = []
-    with apply_cache(sampler.denoisers, section, scheduler=sampler.pipe.scheduler) as cached:
-        for case, reference in zip(cases, full, strict=True):
-            clips.append(sampler.sample(case))
-            if bar is not None and bar.is_far(METRICS[bar.metric](reference, clips[-1])):
-                break
-        with warnings.catch_warnings():
+    reports = []
+    sections = [section] * len(cases) if refit is None else refit
+    for own, case, reference in zip(sections, cases, full, strict=True):
+        with (
+            apply_cache(sampler.denoisers, own, scheduler=sampler.pipe.scheduler) as cached,
+            warnings.catch_warnings(),
+        ):
             # A search passes by sections that reuse nothing.
             warnings.simplefilter("ignore")
-            report = cached.report()
+            clips.append(sampler.sample(case))
+            reports.append(cached.report())
+        if bar is not None and bar.is_far(METRICS[bar.metric](reference, clips[-1])):
+            break
     pairs = list(zip(full, clips, strict=False))
     return Trial(
-        section=section, clips=tuple(clips), report=report,
+        section=section, clips=tuple(clips), report=CacheReport.together(reports),
         psnr_db=tuple(psnr_db(a, b) for a, b in pairs), ssim=tuple(ssim(a, b) for a, b in pairs),
     )  # fmt: skip

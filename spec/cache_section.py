@@ -15,10 +15,13 @@ from typing import Any
 from vcompress.spec.errors import InputError
 from vcompress.spec.strict_json import check_keys, nearest
 
-__all__ = ["LEAST_STEPS", "SETTINGS", "CacheSection"]
+__all__ = ["LEAST_STEPS", "MOST_WEIGHTS", "SETTINGS", "CacheSection"]
 
 # A run of fewer steps has no two that are alike enough; everything is computed.
 LEAST_STEPS = 8
+
+# Computed outputs that stand for one that is not.
+MOST_WEIGHTS = 3
 
 # What each policy reads, with its default.
 SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
@@ -31,6 +34,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "first_block": {"threshold": 0.08, "max_skips": None, "front_blocks": 1, "back_blocks": 0},
     "taylorseer": {"interval": 4, "order": 1, "compute_steps": None},
     "fixed": {"interval": 2, "compute_steps": None},
+    "forecast": {"compute_steps": (), "mixture": ()},
 })  # fmt: skip
 
 _COMMON = ("policy", "num_steps", "protect_first", "protect_last", "blocks")
@@ -56,6 +60,8 @@ class CacheSection:
         order: of the Taylor expansion, 0 to 3.
         front_blocks, back_blocks: blocks at either end of the stack that always run.
         compute_steps: the computed steps one by one, in place of `interval`.
+        mixture: for every step the weights of the last computed outputs, newest first, that stand
+            for it; none where it is computed. From calibration, and for one number of steps.
         magnitudes: how the residual's length grows from step to step, from calibration.
         coefficients: of the polynomial, highest power first, from calibration.
         signal_range: smallest and largest change that the polynomial was fitted to.
@@ -73,6 +79,7 @@ class CacheSection:
     front_blocks: int | None = None
     back_blocks: int | None = None
     compute_steps: tuple[int, ...] | None = None
+    mixture: tuple[tuple[float, ...], ...] | None = None
     magnitudes: tuple[float, ...] | None = None
     coefficients: tuple[float, ...] | None = None
     signal_range: tuple[float, float] | None = None
@@ -105,7 +112,7 @@ class CacheSection:
         """Plain data: what all policies have, then what this one reads."""
         names = (*_COMMON, *SETTINGS[self.policy])
         values = ((name, getattr(self, name)) for name in names)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+        return {name: _lists(value) for name, value in values}
 
     @classmethod
     def from_dict(cls, data: Any) -> CacheSection:
@@ -118,10 +125,16 @@ class CacheSection:
         else:
             message = f"cache must be an object with a policy of {', '.join(SETTINGS)}"
             raise InputError(message)
-        settings: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
-        }
+        settings: dict[str, Any] = {name: _tuples(value) for name, value in data.items()}
         return cls(**settings)
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _whole(value: Any, name: str, *, least: int, optional: bool = False) -> None:
@@ -173,6 +186,17 @@ def _range(value: Any, name: str) -> None:
         raise InputError(message)
 
 
+def _mixture(value: Any, name: str) -> None:
+    if not isinstance(value, tuple):
+        message = f"cache.{name} must be a list with the weights of every step, got {value!r}"
+        raise InputError(message)
+    for weights in value:
+        _numbers(weights, name, least=0)
+        if len(weights) > MOST_WEIGHTS:
+            message = f"cache.{name}: a step has at most {MOST_WEIGHTS} weights, got {len(weights)}"
+            raise InputError(message)
+
+
 def _steps(value: Any, name: str) -> None:
     if value is None:
         return
@@ -191,6 +215,7 @@ _CHECKS: Mapping[str, Callable[[Any, str], None]] = MappingProxyType({
     "front_blocks": lambda value, name: _whole(value, name, least=1),
     "back_blocks": lambda value, name: _whole(value, name, least=0),
     "compute_steps": _steps,
+    "mixture": _mixture,
     "magnitudes": lambda value, name: _numbers(value, name, least=0),
     "coefficients": lambda value, name: _numbers(value, name, least=1),
     "signal_range": _range,

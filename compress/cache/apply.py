@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vcompress.compress.cache.cached import Cached
-from vcompress.compress.cache.catalog import build_policy
+from vcompress.compress.cache.catalog import POLICIES, build_policy, is_for
 from vcompress.compress.cache.denoiser import Denoiser
 from vcompress.compress.cache.gates import ForwardGate
 from vcompress.spec.cache_section import CacheSection
@@ -46,7 +46,7 @@ def apply_cache(
         _check(denoiser, section)
     cached = Cached(
         section.policy, denoisers, lambda num_steps: build_policy(section, num_steps),
-        section.num_steps, _notes(section),
+        section.num_steps, lambda num_steps: _notes(section, num_steps),
     )  # fmt: skip
     if scheduler is not None:
         cached.follow(scheduler)
@@ -86,7 +86,7 @@ def denoisers_of(
 
 
 def _check(denoiser: Denoiser, section: CacheSection) -> None:
-    wanted = 0 if section.policy == "easycache" else 1
+    wanted = 0 if POLICIES[section.policy].level == "model" else 1
     wanted += (section.front_blocks or 0) + (section.back_blocks or 0)
     if len(denoiser.blocks) < wanted:
         message = (
@@ -97,7 +97,12 @@ def _check(denoiser: Denoiser, section: CacheSection) -> None:
         raise InputError(message)
 
 
-def _notes(section: CacheSection) -> tuple[str, ...]:
+def _notes(section: CacheSection, num_steps: int) -> tuple[str, ...]:
+    if not is_for(section, num_steps):
+        return (
+            f"the steps to compute were found for runs of {section.num_steps}, this one has "
+            f"{num_steps}, so everything is computed; find a cache for {num_steps} steps",
+        )
     if section.policy == "magcache" and not section.magnitudes:
         return (
             f"magcache has no magnitudes, so it reuses {section.max_skips} steps in a row whatever "

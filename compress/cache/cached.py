@@ -17,6 +17,7 @@ from vcompress.compress.cache.report import CacheReport, Tally
 from vcompress.compress.cache.state import BranchState, same
 from vcompress.compress.cache.walk import BlockCall, Walk
 from vcompress.compress.cache.whole import WholeModel
+from vcompress.models.video import primary_output
 from vcompress.spec.cache_section import LEAST_STEPS
 from vcompress.spec.errors import InputError
 
@@ -25,8 +26,8 @@ __all__ = ["Cached", "Listener"]
 # Independent noise moves a latent by 1.4 of its size, a step of a sampler by 0.02 to 0.4.
 _JUMP = 0.5
 
-# Denoiser, branch, generation, step, and the state of the policy's rule after it.
-Listener = Callable[[str, str, int, int, State], None]
+# Denoiser, branch, generation, step, the state of the policy's rule after it, and the output.
+Listener = Callable[[str, str, int, int, State, torch.Tensor], None]
 
 
 class Cached:
@@ -41,9 +42,10 @@ class Cached:
 
     def __init__(
         self, name: str, denoisers: Mapping[str, Denoiser], build: Callable[[int], Policy],
-        num_steps: int | None, notes: tuple[str, ...] = (), listener: Listener | None = None,
+        num_steps: int | None, notes: Callable[[int], tuple[str, ...]] = lambda _: (),
+        listener: Listener | None = None,
     ) -> None:  # fmt: skip
-        """For `apply_cache`; `build` makes the policy for a number of steps."""
+        """For `apply_cache`; `build` makes the policy for a number of steps, `notes` what of it."""
         self._name, self._build, self._notes, self._listener = name, build, notes, listener
         self._denoisers = list(denoisers.values())
         self._section_steps, self._told_steps = num_steps, None
@@ -168,7 +170,7 @@ class Cached:
                 output = gate.run(*positional, **keywords)
                 whole.settle(output)
                 self._walk.finish()
-            self._count(denoiser, whole, tick)
+            self._count(denoiser, whole, tick, output)
         except BaseException:
             # Whatever a broken call has left behind must not reach the next one.
             self.reset()
@@ -232,7 +234,7 @@ class Cached:
         return tick
 
     def _note(self, denoiser: Denoiser, num_steps: int, tick: Tick, *, is_active: bool) -> None:
-        notes = [*self._notes]
+        notes = [*self._notes(num_steps)]
         if not is_active:
             notes.append(
                 f"caching cannot pay in {num_steps} steps, of which no two are alike; everything "
@@ -249,7 +251,7 @@ class Cached:
         self._tally.notes.update(dict.fromkeys(notes))
         self._tally.model_calls[denoiser.name] += 1
 
-    def _count(self, denoiser: Denoiser, whole: WholeModel, tick: Tick) -> None:
+    def _count(self, denoiser: Denoiser, whole: WholeModel, tick: Tick, output: Any) -> None:
         assert self._walk is not None
         assert self._branch is not None
         if whole.is_reused or not denoiser.blocks:
@@ -266,8 +268,9 @@ class Cached:
         if self._listener is not None:
             for state in self._branch.decisions.values():
                 self._listener(
-                    denoiser.name, tick.branch, self._tally.num_generations, tick.step, state
-                )
+                    denoiser.name, tick.branch, self._tally.num_generations, tick.step, state,
+                    primary_output(output),
+                )  # fmt: skip
 
     def _moment_of(self, denoiser: Denoiser, name: str, after_reuse: bool) -> Moment:
         tick, num_steps = self._tick, self._num_steps(denoiser)

@@ -29,6 +29,7 @@ __all__ = ["Trajectory", "fit", "fit_magnitudes", "fit_polynomial", "observe"]
 _DEGREE = 4
 # A polynomial with as many coefficients as it has points fits anything.
 _POINTS_PER_COEFFICIENT = 3
+_NUM_SAMPLED = 2**14
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Trajectory:
         denoiser, branch, generation: whose.
         change, residual, growth: by step; see `policies.observer`. They compare with the step
             before, so the denoiser's first step of the run is missing.
-        sample: some values of the residual by step, float32 `[K]`.
+        output: some values of what the model returned by step, always from the same places,
+            float32 `[K]`.
     """
 
     denoiser: str
@@ -48,7 +50,7 @@ class Trajectory:
     change: dict[int, float] = field(default_factory=dict)
     residual: dict[int, float] = field(default_factory=dict)
     growth: dict[int, float] = field(default_factory=dict)
-    sample: dict[int, torch.Tensor] = field(default_factory=dict)
+    output: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -63,14 +65,16 @@ def observe(
     trajectories: dict[tuple[str, str, int], Trajectory] = {}
     found: list[Trajectory] = []
 
-    def listen(denoiser: str, branch: str, generation: int, step: int, state: State) -> None:
+    def listen(
+        denoiser: str, branch: str, generation: int, step: int, state: State, output: torch.Tensor
+    ) -> None:
         key = (denoiser, branch, generation)
         if key not in trajectories:
             trajectories[key] = Trajectory(*key)
             found.append(trajectories[key])
-            trajectories[key].sample[step] = state["sample"]
+            trajectories[key].output[step] = _sampled(output)
             return
-        trajectories[key].sample[step] = state["sample"]
+        trajectories[key].output[step] = _sampled(output)
         for name in ("change", "residual", "growth"):
             getattr(trajectories[key], name)[step] = float(state[name])
 
@@ -144,6 +148,12 @@ def fit_polynomial(
     )
     smallest, largest = significant(float(change.min())), significant(float(change.max()))
     return coefficients[::-1], (smallest, largest)
+
+
+def _sampled(output: torch.Tensor) -> torch.Tensor:
+    """Evenly spread values, float32 on the CPU."""
+    flat = output.detach().flatten()
+    return flat[:: -(-len(flat) // _NUM_SAMPLED)].float().cpu()
 
 
 def _all(trajectories: Sequence[Trajectory], name: str) -> list[tuple[int, Any]]:

@@ -26,17 +26,14 @@ class ForwardGate:
     Attributes:
         name: of the module.
         run: its own forward.
+        signature: of `run`; found once, since that takes longer than a small layer does.
     """
 
     def __init__(self, name: str, run: Callable[..., Any], receive: _Receiver) -> None:
         self.name, self.run, self._receive = name, run, receive
+        self.signature = inspect.signature(run)
         # `inspect.signature` follows it, as pipelines that look for an argument do.
         self.__wrapped__ = run
-
-    @property
-    def signature(self) -> inspect.Signature:
-        """Of `run`."""
-        return inspect.signature(self.run)
 
     def __call__(self, *positional: Any, **keywords: Any) -> Any:
         """Hand the call over."""

@@ -3,43 +3,70 @@
 On a ladder one setting grows, so that quality falls and speed rises, nearly monotonously: a
 bisection finds the last rung that is good enough. `schedules` holds the lists of steps that
 `compress.cache.schedule` finds; the family `fixed` is the control, with evenly spread ones.
+
+What is fitted to clips looks better on them than on others. So a ladder of a fitted family has
+every rung once more for each clip, fitted to the others: the quality that a search sees is that of
+clips which the fit has not seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vcompress.compress.cache.calibrate import Trajectory, fit
+from vcompress.compress.cache.schedule import Runs, Schedule, Scheduler
 from vcompress.spec.cache_section import SETTINGS, CacheSection
 
-__all__ = ["Ladder", "evenly_spread", "ladders", "listed", "schedules"]
+__all__ = ["Ladder", "Probe", "evenly_spread", "ladders", "listed", "schedules"]
 
 _LEAST_THRESHOLD, _RATIO, _RUNGS = 0.01, 1.35, 16
 # Shares of the steps that are computed.
 _SHARES = (0.9, 0.8, 0.7, 0.6, 0.52, 0.45, 0.4, 0.35, 0.3, 0.26, 0.22, 0.18)
 _MAX_SKIPS = {"magcache": 8, "temporal_delta": 4}
+# A weight of the steps takes as many measured ones.
+_LEAST_PROBES = 3
+
+# Of each clip, the generations (from 1) that a fit for it must not see.
+Folds = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Sections of one family, the most exact first."""
+    """Sections of one family, the most exact first.
+
+    Attributes:
+        name: of the family.
+        rungs: fitted to all clips.
+        refits: for every rung, by clip, the same fitted to the others; empty where nothing is
+            fitted.
+    """
 
     name: str
     rungs: tuple[CacheSection, ...]
+    refits: tuple[tuple[CacheSection, ...], ...] = ()
+
+    def refit(self, rung: int, count: int) -> tuple[CacheSection, ...]:
+        """What runs on each of `count` clips in a trial of a rung."""
+        return self.refits[rung] if self.refits else (self.rungs[rung],) * count
 
 
-def ladders(num_steps: int, trajectories: Sequence[Trajectory]) -> list[Ladder]:
+@dataclass(frozen=True)
+class Probe:
+    """A run in which one step alone was reused: its squared error over that of the step."""
+
+    generation: int
+    step: int
+    weight: float
+
+
+def ladders(num_steps: int, trajectories: Sequence[Trajectory], folds: Folds = ()) -> list[Ladder]:
     """All families for a run of `num_steps`, fitted to `trajectories`."""
-    found = []
-    for policy, settings in SETTINGS.items():
-        start = CacheSection(policy=policy, num_steps=num_steps)
-        if "threshold" in settings:
-            if policy in _MAX_SKIPS:
-                start = replace(start, max_skips=_MAX_SKIPS[policy])
-            start = fit(start, trajectories)
-            thresholds = (round(_LEAST_THRESHOLD * _RATIO**rung, 4) for rung in range(_RUNGS))
-            found.append(Ladder(policy, tuple(replace(start, threshold=x) for x in thresholds)))
+    found = [
+        _rising(CacheSection(policy=policy, num_steps=num_steps), trajectories, folds)
+        for policy, settings in SETTINGS.items()
+        if "threshold" in settings
+    ]
     intervals = range(2, max(3, min(10, num_steps // 3)))
     for policy, order in (("taylorseer", 1), ("taylorseer", 2)):
         base = CacheSection(policy=policy, num_steps=num_steps, order=order)
@@ -52,18 +79,59 @@ def ladders(num_steps: int, trajectories: Sequence[Trajectory]) -> list[Ladder]:
     return found
 
 
-def listed(num_steps: int, steps: Sequence[int]) -> CacheSection:
-    """Exactly `steps` are computed, the others continued along a line."""
+def _rising(start: CacheSection, trajectories: Sequence[Trajectory], folds: Folds) -> Ladder:
+    """A family with a threshold."""
+    policy = start.policy
+    if policy in _MAX_SKIPS:
+        start = replace(start, max_skips=_MAX_SKIPS[policy])
+    fitted = fit(start, trajectories)
+    thresholds = tuple(round(_LEAST_THRESHOLD * _RATIO**rung, 4) for rung in range(_RUNGS))
+    others = [_others(trajectories, left_out) for left_out in folds] if fitted != start else []
+    refitted = [fit(start, each) for each in others]
+    return Ladder(
+        policy,
+        tuple(replace(fitted, threshold=value) for value in thresholds),
+        tuple(tuple(replace(one, threshold=value) for one in refitted) for value in thresholds)
+        if refitted
+        else (),
+    )
+
+
+def _others(trajectories: Sequence[Trajectory], left_out: Sequence[int]) -> Sequence[Trajectory]:
+    """All but those of `left_out`; all if no others are left."""
+    return [each for each in trajectories if each.generation not in left_out] or trajectories
+
+
+def listed(
+    num_steps: int, steps: Sequence[int], mixture: Sequence[tuple[float, ...]]
+) -> CacheSection:
+    """Exactly `steps` are computed, the others are mixtures."""
     return CacheSection(
-        policy="taylorseer", num_steps=num_steps, protect_first=0, protect_last=0, order=1,
-        compute_steps=tuple(steps),
+        policy="forecast", num_steps=num_steps, protect_first=0, protect_last=0,
+        compute_steps=tuple(steps), mixture=tuple(mixture),
     )  # fmt: skip
 
 
-def schedules(num_steps: int, found: Sequence[tuple[float, tuple[int, ...]]]) -> Ladder:
-    """A rung for every length of what `cheapest_schedules` found; all steps is no rung."""
-    lists = [steps for _, steps in found if steps and len(steps) < num_steps]
-    return Ladder("schedule", tuple(listed(num_steps, steps) for steps in reversed(lists)))
+def schedules(runs: Runs, probes: Sequence[Probe], folds: Folds = ()) -> Ladder:
+    """A rung for every length of the cheapest schedules; all steps is no rung."""
+
+    def cheapest(left_out: Sequence[int]) -> Mapping[int, Schedule]:
+        seen = [probe for probe in probes if probe.generation not in left_out]
+        known = seen if len(seen) >= _LEAST_PROBES else probes
+        found = Scheduler(
+            runs.without(left_out), {probe.step: probe.weight for probe in known}
+        ).cheapest()
+        return {len(one.compute_steps): one for one in found}
+
+    of_all, others = cheapest(()), [cheapest(left_out) for left_out in folds]
+    counts = sorted((count for count in of_all if count < runs.num_steps), reverse=True)
+    rungs = tuple(_section(of_all[count]) for count in counts)
+    refits = tuple(tuple(_section(one[count]) for one in others) for count in counts)
+    return Ladder("schedule", rungs, refits if others else ())
+
+
+def _section(found: Schedule) -> CacheSection:
+    return listed(len(found.mixture), found.compute_steps, found.mixture)
 
 
 def evenly_spread(num_steps: int, count: int, first: int) -> tuple[int, ...]:

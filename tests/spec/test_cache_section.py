@@ -19,6 +19,12 @@ def test_a_section_survives_its_file_and_says_all_that_its_policy_reads(policy: 
     }  # fmt: skip
 
 
+def test_weights_of_steps_survive_their_file() -> None:
+    section = CacheSection(policy="forecast", compute_steps=(0,), mixture=((), (1.0,), (2.0, -1.0)))
+    data = json.loads(json.dumps(section.as_dict()))
+    assert CacheSection.from_dict(data) == section
+
+
 def test_a_setting_that_the_policy_would_ignore_is_an_error() -> None:
     with pytest.raises(InputError, match=r"interval: policy magcache does not read it"):
         CacheSection(policy="magcache", interval=3)
@@ -52,7 +58,8 @@ def test_a_wrong_value_is_an_input_error(change: dict[str, Any]) -> None:
     [
         ("taylorseer", {"order": 4}), ("taylorseer", {"interval": 0}),
         ("first_block", {"front_blocks": 0}), ("fixed", {"compute_steps": [1.5]}),
-        ("magcache", {"magnitudes": 3}),
+        ("magcache", {"magnitudes": 3}), ("forecast", {"mixture": [1.0]}),
+        ("forecast", {"mixture": [[1.0, 2.0, 3.0, 4.0]]}), ("forecast", {"mixture": [["a"]]}),
     ],
 )  # fmt: skip
 def test_so_is_one_of_another_policy(policy: str, change: dict[str, Any]) -> None:

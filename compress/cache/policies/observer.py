@@ -4,9 +4,7 @@
     residual  |r_n - r_(n-1)| / |r_(n-1)|                   what it foretells
     growth    mean over tokens of ||r_n|| / ||r_(n-1)||     what MagCache knows by heart
 
-Where the stack falls into segments, the last two are means over these. `sample` holds a few
-thousand values of r_n, always from the same places: how far one step is from another is read off
-these.
+Where the stack falls into segments, the last two are means over these.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from vcompress.compress.cache.policies.base import Policy, Signal, State, relati
 __all__ = ["Observer"]
 
 _TINY = 1e-8
-_NUM_SAMPLED = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +32,7 @@ class Observer(Policy):
         """Adds `reference`, which is F_(n-1), and what is measured."""
         assert value is not None
         measured = {name: torch.tensor(0.0) for name in ("residual", "growth")}
-        return {
-            **super().start(value), **measured, "reference": torch.zeros_like(value),
-            "sample": torch.zeros(0),
-        }  # fmt: skip
+        return {**super().start(value), **measured, "reference": torch.zeros_like(value)}
 
     def _wish(
         self, state: State, value: torch.Tensor | None, step: torch.Tensor
@@ -56,8 +50,7 @@ class Observer(Policy):
         pairs = [(now["residual"], then["residual"]) for now, then in zip(kept, old, strict=True)]
         residual = torch.stack([relative_l1(now, then) for now, then in pairs]).mean()
         growth = torch.stack([_growth(now, then) for now, then in pairs]).mean()
-        sample = torch.cat([_sampled(now["residual"], _NUM_SAMPLED // len(kept)) for now in kept])
-        measured = {"residual": residual.cpu(), "growth": growth.cpu(), "sample": sample}
+        measured = {"residual": residual.cpu(), "growth": growth.cpu()}
         return {**super().computed(state, value, old, kept, step), **measured}
 
 
@@ -65,9 +58,3 @@ def _growth(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
     lengths: torch.Tensor = torch.linalg.vector_norm(now.float(), dim=-1)
     before: torch.Tensor = torch.linalg.vector_norm(then.float(), dim=-1)
     return (lengths / (before + _TINY)).mean()
-
-
-def _sampled(residual: torch.Tensor, count: int) -> torch.Tensor:
-    """At most `count` values, evenly spread, float32 on the CPU."""
-    flat = residual.flatten()
-    return flat[:: -(-len(flat) // count)].float().cpu()

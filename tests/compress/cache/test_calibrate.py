@@ -26,6 +26,10 @@ def test_observed_runs_compute_everything_and_measure_the_laws(ramp: Any) -> Non
         assert each.change == pytest.approx({1: 0.1, 2: 0, 3: 1}, abs=1e-6)
         assert each.residual == pytest.approx({1: 0.1, 2: 0, 3: 1}, abs=1e-6)
         assert each.growth == pytest.approx({1: 1.1, 2: 1, 3: 2}, abs=1e-6)
+        # The latent of 10, and three blocks.
+        outputs = {step: float(values[0]) for step, values in each.output.items()}
+        assert outputs == pytest.approx({0: 13, 1: 13.3, 2: 13.3, 3: 16.6}, abs=1e-4)
+        assert len(each.output[0]) == 8
     assert module.run() == "3333"
 
 
@@ -39,7 +43,7 @@ def test_magcache_learns_the_mean_growth(ramp: Any) -> None:
     section = fit(CacheSection(policy="magcache", num_steps=8, threshold=0.1), found)
     assert section.magnitudes == pytest.approx((1, 1.2, 1, 1, 1, 1, 1, 1), abs=1e-5)
     assert CacheSection.from_dict(section.as_dict()) == section
-    assert apply_cache(modules[0], section)._notes == ()
+    assert apply_cache(modules[0], section)._notes(8) == ()
 
 
 def test_a_table_for_another_number_of_steps_is_read_at_the_nearest_place() -> None:

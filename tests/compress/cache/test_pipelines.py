@@ -19,6 +19,10 @@ POLICIES: dict[str, dict[str, Any]] = {
     "temporal_delta": {"threshold": 10.0}, "magcache": {"threshold": 10.0},
     "easycache": {"threshold": 10.0}, "teacache": {"threshold": 10.0},
     "first_block": {"threshold": 10.0}, "taylorseer": {"interval": 3}, "fixed": {"interval": 3},
+    "forecast": {
+        "compute_steps": (0, 1, 4, 6), "protect_first": 0, "protect_last": 0,
+        "mixture": ((), (), *((2, -1),) * 2, (), (1,), (), (2, -1)),
+    },
 }  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*In CPU autocast:UserWarning")

@@ -174,3 +174,41 @@ def test_blocks_with_different_changes_are_skipped_on_their_own(ramp: Any) -> No
     handle = cached(module, "temporal_delta", threshold=0.01, max_skips=9)
     module.run()
     assert handle.report().hits.tolist() == [[0] * 8, [0] * 8, [0, 0, 1, 1, 1, 1, 1, 1]]
+
+
+def test_forecast_mixes_the_last_computed_outputs(ramp: Any) -> None:
+    module = ramp([1, 2, 3, 4, 5, 6, 7, 8])
+    weights = ((), (), (2, -1), (), (1, 2, -1), (), (), (0.5,))
+    cached(module, "forecast", compute_steps=(0, 1, 3, 5, 6), mixture=weights)
+    # A computed step n gives 10 + 3 (n + 1), whatever the latent of reused steps is.
+    outputs = [output(module, step, 10.0 if step != 4 else 12.0) for step in range(8)]
+    assert outputs[:4] == [13, 16, 2 * 16 - 13, 22]
+    assert outputs[4] == 22 + 2 * 16 - 13
+    assert outputs[5:] == [28, 31, pytest.approx(31 / 2)]
+    assert module.num_runs == [5, 5, 5]
+
+
+def test_forecast_computes_where_its_weights_are_for_another_history(ramp: Any) -> None:
+    module = ramp([1.0] * 8)
+    weights = ((), (), (2, -1), (), (2, -1), (), (2, -1), (1,))
+    handle = cached(module, "forecast", compute_steps=(0, 1, 3, 5), mixture=weights)
+    assert module.run() == "33030300"
+    handle.reset()
+    # A run that begins at step 1 has computed no step 0; at 7 one output is enough.
+    with torch.no_grad():
+        marks = [(sum(module.num_runs), output(module, step))[0] for step in range(1, 8)]
+    runs = [*marks[1:], sum(module.num_runs)]
+    assert [after - before for before, after in zip(marks, runs, strict=True)][:1] == [3]
+
+
+def test_lists_of_another_number_of_steps_compute_everything(ramp: Any) -> None:
+    module = ramp([1.0] * 9)
+    for policy, settings in (
+        ("forecast", {"mixture": ((), *((1,),) * 11)}), ("fixed", {}), ("taylorseer", {}),
+    ):  # fmt: skip
+        section = CacheSection(policy=policy, num_steps=12, compute_steps=(0,), **settings, **FREE)
+        with apply_cache(module, section) as handle:
+            handle.reset(9)
+            assert module.run() == "3" * 9
+            with pytest.warns(UserWarning, match="find a cache for 9 steps"):
+                assert "this one has 9" in " ".join(handle.report().notes)

@@ -41,6 +41,13 @@ class Graph(nn.Module):
         ("teacache", {"threshold": 0.2}),
         ("easycache", {"threshold": 0.3}),
         ("taylorseer", {"interval": 3, "order": 2}),
+        (
+            "forecast",
+            {
+                "compute_steps": (0, 1, 3, 5, 8),
+                "mixture": ((), (), (2, -1), (), (1.5, 0, -0.5), (), (1,), (2, -1), ()),
+            },
+        ),
     ],
 )
 def test_a_graph_with_its_state_outside_follows_the_live_cache(
