@@ -6,6 +6,7 @@ how good it looks.
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from vcompress.calib.calls import load_calls
+from vcompress.compress.restore import save_module
+from vcompress.export.publish import write_manifest
 from vcompress.models.recording import record_calls
+from vcompress.models.video import VideoModel
+from vcompress.pipeline.planning import apply_plan, empty_plan, save_plan
+from vcompress.pipeline.record import file_role
+from vcompress.pipeline.run import Options
+from vcompress.spec.cache_section import CacheSection
+from vcompress.spec.call import CallSpec
+from vcompress.spec.plan import LayerChoice
 
-__all__ = ["CONFIGS", "arguments_of", "build", "record"]
+__all__ = ["CONFIGS", "arguments_of", "artifact_of", "build", "record"]
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -113,3 +124,33 @@ def record(name: str, module: nn.Module, path: Path) -> Path:
             for step, time in enumerate((900.0, 700.0, 400.0, 100.0)):
                 module(**arguments_of(name, 10 * generation + step, time), return_dict=False)
     return path
+
+
+def artifact_of(
+    model: VideoModel, calls: Path, format: str, folder: Path, cache: CacheSection | None = None
+) -> VideoModel:
+    """Write what `compressed` reads of an artifact, every layer in `format`; the planned model."""
+    folder.mkdir()
+    choices = {
+        name: LayerChoice(format=format, reason="", input_amax=4.0)
+        if format == "keep" or facts.objection(format) is None
+        else LayerChoice(format="keep", reason="")
+        for name, facts in model.layers.items()
+    }
+    plan = empty_plan(model, load_calls(calls), Options(target="nvfp4", calib=str(calls)))
+    plan = save_plan(
+        type(plan)(**{**plan.__dict__, "quantize": choices, "cache": cache}),
+        {},
+        folder / "plan.json",
+    )
+    planned = apply_plan(model, plan)
+    save_module(planned.module, folder / "weights.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(model.config)))
+    assert isinstance(model.inputs, CallSpec)
+    keys = ("vcompress", "created", "name", "source", "inputs", "outputs", "precision", "requires")
+    manifest = {
+        "schema": 1, **dict.fromkeys(keys, ""), "task": "denoise", "clip": None,
+        "call": model.inputs.as_dict(),
+    }  # fmt: skip
+    write_manifest(folder, manifest, roles={p.name: file_role(p.name) for p in folder.iterdir()})
+    return planned

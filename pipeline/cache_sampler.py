@@ -23,7 +23,7 @@ __all__ = ["Case", "Sampler", "make_cases", "open_sampler", "read_prompts"]
 _REFERENCE = "reference:"
 _DENOISERS = ("transformer", "transformer_2")
 # Schedulers of models that were distilled to a few steps.
-_FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+_FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 
 Prompt = str | dict[str, Any]
 

@@ -115,14 +115,20 @@ class Search:
         self._trajectories: list[Trajectory] = trajectories
         self._ladders: list[Ladder] = []
 
+    @property
+    def full(self) -> list[Frames]:
+        """The clips of the full model."""
+        return self._full
+
     def ladders(self) -> list[Ladder]:
         """What there is to try; the first call probes what a reused step does to the clips."""
         if not self._ladders:
             folds = self._folds()
-            self._ladders = [
-                self._scheduled(folds),
-                *ladders(self._sampler.num_steps, self._trajectories, folds),
-            ]
+            self._ladders = ladders(self._sampler.num_steps, self._trajectories, folds)
+            # A list is for the steps of one denoiser: of two that `compressed` gives a cache each,
+            # the second does not know how many steps the first has made.
+            if len(self._sampler.denoisers) == 1:
+                self._ladders.insert(0, self._scheduled(folds))
         return self._ladders
 
     def run(self, bar: Bar, families: Sequence[Ladder] | None = None) -> list[Found]:

@@ -14,25 +14,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 import vcompress
+from vcompress.benchmarks.denoiser_zoo import artifact_of
 from vcompress.calib.calls import load_calls
 from vcompress.cli import cli
 from vcompress.compress.frozen import FrozenLayer
-from vcompress.compress.restore import save_module
-from vcompress.export.publish import write_manifest
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.recording import record_calls
-from vcompress.models.video import VideoModel
 from vcompress.pipeline.cache import cached
 from vcompress.pipeline.compressed import compressed
-from vcompress.pipeline.planning import apply_plan, empty_plan, save_plan
-from vcompress.pipeline.record import file_role
 from vcompress.pipeline.revalidate import validate
-from vcompress.pipeline.run import Options
 from vcompress.spec.artifact import Artifact
 from vcompress.spec.cache_section import CacheSection
-from vcompress.spec.call import CallSpec
 from vcompress.spec.errors import InputError
-from vcompress.spec.plan import LayerChoice
 
 # What diffusers and torch say of themselves.
 pytestmark = [
@@ -66,36 +59,6 @@ def generate(
         generator=generator,
     ).frames  # fmt: skip
     return frames
-
-
-def artifact_of(
-    model: VideoModel, calls: Path, format: str, folder: Path, cache: CacheSection | None = None
-) -> VideoModel:
-    """Write what `compressed` reads of an artifact, every layer in `format`; the planned model."""
-    folder.mkdir()
-    choices = {
-        name: LayerChoice(format=format, reason="", input_amax=4.0)
-        if format == "keep" or facts.objection(format) is None
-        else LayerChoice(format="keep", reason="")
-        for name, facts in model.layers.items()
-    }
-    plan = empty_plan(model, load_calls(calls), Options(target="nvfp4", calib=str(calls)))
-    plan = save_plan(
-        type(plan)(**{**plan.__dict__, "quantize": choices, "cache": cache}),
-        {},
-        folder / "plan.json",
-    )
-    planned = apply_plan(model, plan)
-    save_module(planned.module, folder / "weights.safetensors")
-    (folder / "config.json").write_text(json.dumps(dict(model.config)))
-    assert isinstance(model.inputs, CallSpec)
-    keys = ("vcompress", "created", "name", "source", "inputs", "outputs", "precision", "requires")
-    manifest = {
-        "schema": 1, **dict.fromkeys(keys, ""), "task": "denoise", "clip": None,
-        "call": model.inputs.as_dict(),
-    }  # fmt: skip
-    write_manifest(folder, manifest, roles={p.name: file_role(p.name) for p in folder.iterdir()})
-    return planned
 
 
 def test_without_quantization_the_pipeline_gives_the_same_bits(zoo: Any, tmp_path: Path) -> None:
