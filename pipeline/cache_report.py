@@ -38,6 +38,8 @@ _LEAST_HEIGHT = 144
 _LEVELS = 10
 _ROW_PIXELS = (8, 26)
 _MAP_PIXELS = 320
+# Of the settings, long lists that say nothing to a person.
+_FITTED = ("blocks", "mixture", "magnitudes", "coefficients")
 _METRICS = {"psnr_db": ("PSNR", " dB"), "ssim": ("SSIM", "")}
 
 
@@ -125,7 +127,7 @@ def _facts(found: CacheFound) -> list[dict[str, Any]]:
     shown = {
         name: ", ".join(f"{each:.4g}" for each in value) if isinstance(value, list) else value
         for name, value in settings.items()
-        if name != "blocks" and value not in (None, [])
+        if name not in _FITTED and value not in (None, [])
     }
     device = describe_device(torch.get_num_threads())
     groups = {

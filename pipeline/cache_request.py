@@ -100,6 +100,8 @@ def _searched(
     calibration, held_out = make_cases(prompts, _NUM_CLIPS, options.seed)
     search = Search(sampler, calibration, progress)
     full = [sampler.sample(case) for case in held_out]
+    # What a reused step does is measured before what is quantized adds to it.
+    search.ladders()
     setattr(sampler.pipe, name, module)
     best = search.run(bar)[0].best
     if best is None:

@@ -60,7 +60,8 @@ def lower_bound(values: Sequence[float]) -> float:
     if more < 1:
         return mean
     factor = _STUDENT[min(more, len(_STUDENT)) - 1]
-    return mean - factor * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    error = float(np.std(values, ddof=1)) / float(len(values)) ** 0.5
+    return mean - factor * error
 
 
 @dataclass(frozen=True, kw_only=True)

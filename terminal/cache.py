@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["print_cache"]
 
+# Said elsewhere, or nothing for people.
+_LONG = ("policy", "num_steps", "blocks", "magnitudes", "coefficients", "mixture")
+
 
 def print_cache(found: CacheFound, *, as_json: bool) -> None:
     """The families, what was chosen, and what it is worth on other clips."""
@@ -29,9 +32,7 @@ def print_cache(found: CacheFound, *, as_json: bool) -> None:
     lines = [("steps", str(found.num_steps))]
     if found.section is not None and found.held_out is not None:
         settings = {
-            name: value
-            for name, value in found.section.as_dict().items()
-            if name not in ("policy", "num_steps", "blocks", "magnitudes", "coefficients")
+            name: value for name, value in found.section.as_dict().items() if name not in _LONG
         }
         said = ", ".join(f"{name} {value}" for name, value in settings.items())
         lines += [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,7 @@ from vcompress.spec.cache_section import SETTINGS, CacheSection
 
 __all__ = ["POLICIES", "build_policy", "is_for"]
 
-POLICIES: Mapping[str, Callable[..., Policy]] = MappingProxyType({
+POLICIES: Mapping[str, type[Policy]] = MappingProxyType({
     "temporal_delta": TemporalDelta,
     "magcache": MagCache,
     "easycache": EasyCache,

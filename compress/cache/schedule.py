@@ -104,7 +104,7 @@ class Runs:
     @property
     def num_steps(self) -> int:
         """N."""
-        return self.products.shape[1]
+        return int(self.products.shape[1])
 
     def without(self, generations: Sequence[int]) -> Runs:
         """All but those of `generations`; all if no others are left."""
@@ -122,12 +122,14 @@ class Runs:
         inside = np.where(there[:, :, None] & there[:, None, :], inside, 0.0)
         ridge = _RIDGE * np.eye(DEPTH) + np.where(there, 0.0, 1.0)[:, :, None] * np.eye(DEPTH)
         right = np.where(there, mean[history, step[:, None]], 0.0)
-        weights: Array = np.linalg.solve(inside + ridge, right[:, :, None])[:, :, 0]
+        solved = np.linalg.solve(inside + ridge, right[:, :, None])[:, :, 0]
+        weights: Array = solved.astype(np.float64)
         return weights
 
     def mixture_of(self, compute_steps: Sequence[int]) -> tuple[tuple[float, ...], ...]:
         """The mixture of every step of a list that is not on it."""
-        computed, rows = set(compute_steps), []
+        computed = set(compute_steps)
+        rows: list[tuple[float, ...]] = []
         for step in range(self.num_steps):
             start = max(each for each in self.starts if each <= step)
             recent = [each for each in compute_steps if start <= each < step][: -DEPTH - 1 : -1]

@@ -16,7 +16,7 @@ from vcompress.models.load import load_model
 from vcompress.pipeline.cache import cached, find_cache
 from vcompress.pipeline.cache_request import cache_request
 from vcompress.pipeline.cache_sampler import Case, Sampler, make_cases, read_prompts
-from vcompress.pipeline.cache_search import Bar, Search, run_section
+from vcompress.pipeline.cache_search import Bar, Search, lower_bound, run_section
 from vcompress.pipeline.order import write_plan
 from vcompress.pipeline.run import Options, Silent
 from vcompress.spec.errors import InputError
@@ -105,6 +105,45 @@ def test_few_steps_are_not_cached(sampler: Sampler, prompts: Path, tmp_path: Pat
     assert found.section is None
     assert "cannot pay" in found.reason
     assert not list(tmp_path.iterdir())
+
+
+def test_distilled_models_are_told_by_their_scheduler(prompts: Path, tmp_path: Path) -> None:
+    from diffusers import LCMScheduler, WanPipeline
+
+    pipe: Any = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=LCMScheduler(),
+        transformer=build("WanTransformer3DModel"),
+    )  # fmt: skip
+    distilled = Sampler(pipe, name="distilled", num_steps=12, call=SIZE)
+    found = find_cache(distilled, tmp_path / "cache.json", prompts=prompts, min_psnr=30)
+    assert (found.section, found.holds) == (None, True)
+    assert "distilled" in found.reason
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_holds_has_a_margin_for_other_clips() -> None:
+    # Mean 31, standard error 1; of two clips 3.08 of them.
+    assert lower_bound((30.0, 32.0)) == pytest.approx(31 - 3.08)
+    assert lower_bound((31.0,)) == 31
+    bar = Bar("psnr_db", 30.0)
+    assert bar.holds((30.0, 32.0))
+    assert not bar.holds((30.0, 32.0), margin=True)
+    assert bar.holds((32.0, 32.5, 33.0, 33.5), margin=True)
+
+
+def test_a_clip_is_judged_by_a_fit_to_the_others(sampler: Sampler, prompts: Path) -> None:
+    texts = read_prompts(prompts, sampler)
+    cases = [Case(texts[0], 0), Case(texts[1], 1)]
+    search = Search(sampler, cases, Silent())
+    schedule = search.ladders()[0]
+    assert schedule.name == "schedule"
+    place = len(schedule.rungs) // 2
+    first, second = schedule.refit(place, 2)
+    assert first != second
+    trial = search.trial(schedule.rungs[place], refit=(first, second))
+    alone = run_section(sampler, second, cases[1:], search.full[1:])
+    np.testing.assert_array_equal(trial.clips[1], alone.clips[0])
+    assert trial.section == schedule.rungs[place]
 
 
 def test_a_bar_that_nothing_holds_caches_nothing(sampler: Sampler, prompts: Path) -> None:
