@@ -3,8 +3,9 @@
     python -m vcompress.benchmarks.denoisers --output benchmarks/results/denoisers.json
 
 For each class: recorded calls, `quantize --target nvfp4` with an SM120 engine, parity of the files
-with the modules, and the compressed module in place of the original. What fails is written down
-with its reason.
+with the modules, and the compressed module, with a cache, in the pipeline that diffusers has for it
+(Wan in two of them: 2.1 and the two transformers of 2.2). What fails is written down with its
+reason.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from typing import Any
 import torch
 
 import vcompress
+from vcompress.benchmarks.denoiser_pipelines import PIPELINES, STEPS, open_pipeline
 from vcompress.benchmarks.denoiser_zoo import CONFIGS, arguments_of, build, record
 from vcompress.calib.calls import load_calls
 from vcompress.compress.frozen import FrozenLayer
 from vcompress.pipeline import Options, quantize
+from vcompress.pipeline.cache import cached
 from vcompress.pipeline.compressed import compressed
+from vcompress.pipeline.planning import save_plan
+from vcompress.spec.cache_section import CacheSection
 from vcompress.spec.errors import VcompressError
+from vcompress.spec.plan import CompressionPlan
 
 _MAX_LAYER_ERROR = 0.2
 
@@ -34,9 +40,15 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     module = build(name)
     module.save_pretrained(folder / "model")  # type: ignore[operator]
     calls = record(name, module, folder / "calls.pt")
+    plan = CompressionPlan(
+        target="mixed", seed=0, model={"name": name, "task": "denoise"}, quantize={}, evidence={},
+        cache=CacheSection(policy="taylorseer", interval=3, num_steps=STEPS),
+    )  # fmt: skip
+    save_plan(plan, {}, folder / "cache.json")
     options = Options(
-        target="nvfp4", calib=str(calls), output=folder / "out", max_layer_error=_MAX_LAYER_ERROR
-    )
+        target="nvfp4", calib=str(calls), output=folder / "out", max_layer_error=_MAX_LAYER_ERROR,
+        cache=str(folder / "cache.json"),
+    )  # fmt: skip
     outcome = quantize(str(folder / "model"), options=options)
     stages = {stage["name"]: stage for stage in outcome.report["stages"]}
     restored = compressed(outcome.path)
@@ -64,7 +76,30 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
             "num_frozen_layers": len(frozen),
             "relative_l2_to_original": float((after - before).norm() / before.norm()),
         },
+        "pipelines": {
+            family: in_pipeline(family, outcome.path)
+            for family, (kind, _) in PIPELINES.items()
+            if kind == name
+        },
     }
+
+
+def in_pipeline(family: str, artifact: Path) -> dict[str, Any]:
+    """A request to the pipeline of `family` with `artifact` in the place of its denoisers."""
+    run = open_pipeline(family)
+    original = run()
+    for name in ("transformer", "transformer_2"):
+        if getattr(run.pipe, name, None) is not None:
+            setattr(run.pipe, name, compressed(artifact))
+    with cached(run.pipe, artifact) as handle:
+        clip = run()
+        report = handle.report()
+        is_repeatable = torch.equal(run(), clip)
+    return {
+        "class": type(run.pipe).__name__, "skip_rate": report.skip_rate,
+        "relative_l2_to_original": float((clip - original).norm() / original.norm()),
+        "is_repeatable": is_repeatable,
+    }  # fmt: skip
 
 
 def main() -> None:
