@@ -122,10 +122,11 @@ def theirs(
 
 
 @contextmanager
-def _seconds(into: list[float]) -> Iterator[None]:
-    started = time.perf_counter()
+def _seconds(into: list[tuple[float, float]]) -> Iterator[None]:
+    """Append wall clock, and processor time, which does not count what else the machine does."""
+    started = time.perf_counter(), time.process_time()
     yield
-    into.append(time.perf_counter() - started)
+    into.append((time.perf_counter() - started[0], time.process_time() - started[1]))
 
 
 def judged(
@@ -133,15 +134,15 @@ def judged(
 ) -> None:
     """Everything in turns on every case; the first `timed` of them with the full model between."""
     for entry in entries:
-        entry.line |= {"psnr_db": [], "ssim": [], "speed_ups": []}
+        entry.line |= {"psnr_db": [], "ssim": [], "speed_ups": [], "processor_speed_ups": []}
         results.lines.append(entry.line)
     for number, case in enumerate(cases):
-        full_seconds: list[float] = []
+        full_seconds: list[tuple[float, float]] = []
         with _seconds(full_seconds):
             full = sampler.sample(case)
-        waiting: list[tuple[Line, float]] = []
+        waiting: list[tuple[Line, tuple[float, float]]] = []
         for count, entry in enumerate(entries, 1):
-            own: list[float] = []
+            own: list[tuple[float, float]] = []
             with _seconds(own):
                 clip, report = entry.sample(case)
             _note(entry, full, clip, report)
@@ -150,7 +151,12 @@ def judged(
                 with _seconds(full_seconds):
                     sampler.sample(case)
                 for line, seconds in waiting:
-                    line["speed_ups"].append(mean(full_seconds[-2:]) / seconds)
+                    wall, processor = (
+                        mean(each[kind] for each in full_seconds[-2:]) / seconds[kind]
+                        for kind in range(2)
+                    )
+                    line["speed_ups"].append(wall)
+                    line["processor_speed_ups"].append(processor)
                 waiting = []
             if number == 0 and report is not None and entry.shows:
                 _draw(results.path, entry.line["name"], full, clip, report)

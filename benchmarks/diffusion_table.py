@@ -64,6 +64,7 @@ def _summary(line: Line) -> Line:
         **line, "mean_psnr_db": mean(line["psnr_db"]), "worst_psnr_db": min(line["psnr_db"]),
         "mean_ssim": mean(line["ssim"]),
         "speed_up": median(line["speed_ups"]) if line["speed_ups"] else None,
+        "processor_speed_up": median(line["processor_speed_ups"]) if line["speed_ups"] else None,
     }  # fmt: skip
 
 
