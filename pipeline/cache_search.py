@@ -13,6 +13,7 @@ the target nine times in ten.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ def lower_bound(values: Sequence[float]) -> float:
     if more < 1:
         return mean
     factor = _STUDENT[min(more, len(_STUDENT)) - 1]
-    error = float(np.std(values, ddof=1)) / float(len(values)) ** 0.5
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean - factor * error
 
 
