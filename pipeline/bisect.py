@@ -14,8 +14,8 @@ from vcompress.models.calls import as_batch
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.video import PrimaryOutput, VideoModel
 from vcompress.pipeline.equivalence import PLANNED_TOLERANCE, run_session, run_torch
+from vcompress.pipeline.golden import golden_inputs
 from vcompress.pipeline.planning import apply_plan, read_plan
-from vcompress.pipeline.revalidate import golden_inputs
 from vcompress.pipeline.run import Progress, Silent
 from vcompress.spec.artifact import Artifact, sha256_of
 from vcompress.spec.errors import InputError

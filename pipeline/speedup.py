@@ -68,10 +68,12 @@ def time_graphs(
         folder: what the processes read is written here.
         block_seconds: see `Arm`.
     """
-    arms = [graph_arm(graph, sample, folder / f"{graph.stem}.npz") for graph in (baseline, result)]
-    if block_seconds is not None:
-        arms = [replace(arm, block_seconds=block_seconds) for arm in arms]
-    return measure_speedup(*arms, bar, progress, looks=looks)
+
+    def arm(graph: Path) -> Arm:
+        made = graph_arm(graph, sample, folder / f"{graph.stem}.npz")
+        return made if block_seconds is None else replace(made, block_seconds=block_seconds)
+
+    return measure_speedup(arm(baseline), arm(result), bar, progress, looks=looks)
 
 
 def measure_speedup(
