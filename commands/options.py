@@ -155,7 +155,7 @@ plan_options = _with_options(
         "--attention",
         default=ATTENTION,
         show_default=True,
-        metavar="keep|auto|int8|fp8|int8_fp8",
+        metavar="keep|auto|int8|fp8|int8_fp8|int8_keep",
         help="Format of the products of attention (QK, PV); auto takes the one with the "
         "smallest error. An attention that it hurts more than --max-layer-error is kept.",
     ),

@@ -34,7 +34,11 @@ from vcompress.compress.latency_table import ModelTimes, find_operations
 from vcompress.compress.losses import loss_of
 from vcompress.models.calls import Batch
 from vcompress.models.video import VideoModel
-from vcompress.spec.attention_section import PRODUCT_BITS, AttentionChoice
+from vcompress.spec.attention_section import (
+    PRODUCT_BITS,
+    PRODUCT_FORMATS,
+    AttentionChoice,
+)
 from vcompress.spec.errors import InputError
 from vcompress.spec.formats import FLOAT
 from vcompress.spec.target import Target
@@ -76,8 +80,9 @@ def formats_of(request: str, target: Target) -> tuple[str, ...]:
         return ()
     if request == AUTO:
         return target.attention
-    if request not in target.attention:
-        allowed = ", ".join((*target.attention, AUTO, FLOAT))
+    named = (*target.attention, *target.attention_by_name)
+    if request not in named:
+        allowed = ", ".join((*named, AUTO, FLOAT))
         message = (
             f"--attention {request} is nothing that hardware of --target {target.name} runs; "
             f"choose one of: {allowed}"
@@ -231,11 +236,13 @@ def _evidence(
     bits = count = 0.0
     for name, choice in lines.items():
         for call in calls[name]:
-            entering = call.num_rows * (
-                call.width * (call.num_queries + call.num_keys)
-                + call.num_keys * (call.num_queries + call.value_width)
+            entering = (
+                call.num_rows * call.width * (call.num_queries + call.num_keys),
+                call.num_rows * call.num_keys * (call.num_queries + call.value_width),
             )
-            bits += entering * (_FLOAT_BITS if choice.format == FLOAT else PRODUCT_BITS)
-            count += entering
+            formats = PRODUCT_FORMATS.get(choice.format, (FLOAT, FLOAT))
+            for values, format_name in zip(entering, formats, strict=True):
+                bits += values * (_FLOAT_BITS if format_name == FLOAT else PRODUCT_BITS)
+                count += values
             products[choice.format] = products.get(choice.format, 0) + _PRODUCTS_A_CALL
     return {"products": products, "bits_per_operand_value": round(bits / max(count, 1), 4)}

@@ -8,8 +8,10 @@ product of two activations.
     fp8:  O = round(E) round(V) / sum(round(E))
     int8: O = (round(E - 1/2) + 1/2) round(V) / sum(E)
     int8_fp8: S as in int8, O as in fp8
+    int8_keep: S as in int8, O = softmax(S) V
 
-Source: SageAttention (Zhang et al., https://arxiv.org/abs/2410.02367), and for INT8 scores with FP8
+Source: SageAttention (Zhang et al., https://arxiv.org/abs/2410.02367), whose first form keeps PV
+in floating point, which runtimes on CPUs fuse with the softmax; for INT8 scores with FP8
 values SageAttention2 (https://arxiv.org/abs/2411.10958). Taking the mean of the keys
 over tokens off every key adds the same number to all scores of a query, which the softmax ignores;
 channels of keys that are large for every token then no longer set the scale. Probabilities are
@@ -37,6 +39,7 @@ from torch import nn
 from vcompress.compress.numerics import fp8, int8
 from vcompress.spec.attention_section import PRODUCT_FORMATS, AttentionChoice
 from vcompress.spec.errors import InputError
+from vcompress.spec.formats import FLOAT
 
 __all__ = ["FIRST_OPERAND", "OPERANDS", "AttentionProducts", "attend_plainly"]
 
@@ -66,7 +69,7 @@ class AttentionProducts(nn.Module):
         self.smooth_keys = choice.smooth_keys
         scores, mixed = PRODUCT_FORMATS[choice.format]
         self.formats = dict(zip(OPERANDS, (scores, scores, mixed, mixed), strict=True))
-        # FP8 probabilities go up to 1, INT8 ones from -1/2 to 1/2.
+        # FP8 probabilities go up to 1, INT8 ones from -1/2 to 1/2; kept ones read no scale.
         largest = 1.0 if mixed == "fp8" else 0.5
         ranges = (choice.query_amax, choice.key_amax, largest, choice.value_amax)
         for operand, amax in zip(OPERANDS, ranges, strict=True):
@@ -108,7 +111,8 @@ class AttentionProducts(nn.Module):
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         # Transposed first: in a graph nothing may stand between rounding and product.
         keys = self.rounded("key", key.transpose(-1, -2))
-        values = self.rounded("value", value)
+        kept = self.formats["value"] == FLOAT
+        values = value if kept else self.rounded("value", value)
         queries = self.rounded("query", query)
         if is_causal:
             size = query.shape[-2], key.shape[-2]
@@ -123,6 +127,8 @@ class AttentionProducts(nn.Module):
     def _weighted(self, scores: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Scores `[..., L, S]`, float32, and rounded values `[..., S, F]` to `[..., L, F]`."""
         values = values.float()
+        if self.formats["probability"] == FLOAT:
+            return scores.softmax(-1) @ values
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         if self.formats["probability"] == "fp8":
             weights = self.rounded("probability", weights)

@@ -81,8 +81,9 @@ def _seconds(operation: str, format_name: str, device: Device) -> float | None:
                 for each in PRODUCT_FORMATS.get(format_name, (FLOAT, FLOAT))]  # fmt: skip
         rate = 2 / (1 / both[0] + 1 / both[1])
         count, values, written = _of_attention(*shapes[0])
-        width = _FLOAT_BITS if format_name == FLOAT else PRODUCT_BITS
-        moved = width * values + _FLOAT_BITS * written
+        widths = [_FLOAT_BITS if each == FLOAT else PRODUCT_BITS
+                  for each in PRODUCT_FORMATS.get(format_name, (FLOAT, FLOAT))]  # fmt: skip
+        moved = sum(widths) / 2 * values + _FLOAT_BITS * written
         return max(count / rate, moved / 8 / device.bytes_per_second)
     if format_name not in FORMATS and format_name != FLOAT:
         # Of products of attention alone.

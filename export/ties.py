@@ -10,7 +10,7 @@ have chosen otherwise is counted and checked to lie on a tie.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import nn
 
 from vcompress.compress.attention_sites import products_of
 from vcompress.compress.frozen import FrozenLayer
-from vcompress.export.readback import read_precision
+from vcompress.export.readback import ProductInFile, read_precision
 from vcompress.export.replay import Count, Operands, forced_layers, forced_products
 from vcompress.export.runtime import run_with_internal_values
 from vcompress.models.calls import Batch, Call, as_batch, named_arrays
@@ -118,11 +118,10 @@ def run_with_codes(
     # A layer that the output does not depend on is not in the file.
     precision = read_precision(path)
     layers = {name: found for name, found in precision.layers.items() if name in names}
-    rounded = [each for each in precision.products if each.format in _ROUNDED]
-    pairs = list(zip(rounded[::2], rounded[1::2], strict=True)) if with_products else []
+    pairs = _product_pairs(precision.products) if with_products else []
     graph = onnx.load(str(path), load_external_data=False).graph
     wanted = {value for found in layers.values() for value in found.input_values}
-    wanted.update(value for pair in pairs for product in pair for value in product.values)
+    wanted.update(value for pair in pairs for value in pair.values())
     inputs = named_arrays(x, [value.name for value in graph.input])
     values = run_with_internal_values(path, inputs, sorted(wanted))
     codes = {
@@ -130,13 +129,26 @@ def run_with_codes(
         for name, found in layers.items()
     }
     operands: list[Operands] = [
-        {
-            operand: torch.from_numpy(values[value])
-            for operand, value in zip(
-                ("query", "key", "probability", "value"), (*scores.values, *mixed.values),
-                strict=True,
-            )
-        }
-        for scores, mixed in pairs
-    ]  # fmt: skip
+        {operand: torch.from_numpy(values[value]) for operand, value in pair.items()}
+        for pair in pairs
+    ]
     return values[graph.output[0].name], codes, operands
+
+
+def _product_pairs(products: Sequence[ProductInFile]) -> list[dict[str, str]]:
+    """The values in a file that each quantized attention rounds, by operand.
+
+    What is rounded next after scores is the other product of their attention; where the next one
+    is not rounded, it is kept.
+    """
+    pairs: list[dict[str, str]] = []
+    left = list(products)
+    while left:
+        scores = left.pop(0)
+        if scores.format not in _ROUNDED:
+            continue
+        pair = dict(zip(("query", "key"), scores.values, strict=True))
+        if left and left[0].format in _ROUNDED:
+            pair |= zip(("probability", "value"), left.pop(0).values, strict=True)
+        pairs.append(pair)
+    return pairs

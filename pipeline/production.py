@@ -176,7 +176,8 @@ def _verify_attention(model: VideoModel, plan: CompressionPlan, graphs: Graphs) 
     lost = 2 * sum(map(len, calls.values())) - len(read_precision(graphs.baseline).products)
     planned = Counter[str]()
     for name, choice in plan.attention.items():
-        planned.update(PRODUCT_FORMATS.get(choice.format, ()) * len(calls[name]))
+        formats = [each for each in PRODUCT_FORMATS.get(choice.format, ()) if each != FLOAT]
+        planned.update(formats * len(calls[name]))
     for facts in (graphs.portable, graphs.tensorrt):
         products = Counter(each.format for each in read_precision(facts.files[0]).products)
         for format_name in planned:

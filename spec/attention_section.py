@@ -22,10 +22,13 @@ __all__ = [
 
 # Format of a line -> formats of QK and of PV.
 PRODUCT_FORMATS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {"int8": ("int8", "int8"), "fp8": ("fp8", "fp8"), "int8_fp8": ("int8", "fp8")}
-)
-# Bits of one value that enters a product in any of them. A scale for a whole tensor is too little
-# to count; nothing is stored, so that effective bits of weights do not change.
+    {
+        "int8": ("int8", "int8"), "fp8": ("fp8", "fp8"), "int8_fp8": ("int8", "fp8"),
+        "int8_keep": ("int8", FLOAT),
+    }
+)  # fmt: skip
+# Bits of one value that enters a product in any of them, where it is not kept. A scale for a whole
+# tensor is too little to count; nothing is stored, so that effective bits of weights do not change.
 PRODUCT_BITS = 8
 _MAX_FLOAT32 = 3.4028234e38
 _RANGES = ("query_amax", "key_amax", "value_amax")

@@ -23,6 +23,7 @@ class Target:
         searches: the formats of all layers are searched together under a budget; their order does
             not matter then.
         attention: formats for the products of attention; see `spec.attention_section`.
+        attention_by_name: those that "auto" does not take, since they save least.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Target:
     hardware: str
     searches: bool = False
     attention: tuple[str, ...] = ()
+    attention_by_name: tuple[str, ...] = ()
 
 
 _EIGHT_BITS = ("fp8", "int8", "int8_fp8")
@@ -47,6 +49,7 @@ TARGETS: dict[str, Target] = {
     "int8": Target(
         name="int8", formats=("int8", FLOAT), engine_sm=("120",),
         hardware="every NVIDIA GPU since Turing, and CPUs", attention=("int8",),
+        attention_by_name=("int8_keep",),
     ),
     "int4": Target(
         name="int4", formats=("int4_g128", "int4_g64", "int4_g32", FLOAT), engine_sm=("120",),

@@ -13,6 +13,7 @@ import torch
 from vcompress.compress.attention_products import AttentionProducts
 from vcompress.compress.kernels.available import interpreted, runs_triton
 from vcompress.compress.kernels.operators import rounded_tokens
+from vcompress.spec.formats import FLOAT
 
 __all__ = ["ExecutableAttention"]
 
@@ -34,7 +35,7 @@ class ExecutableAttention(AttentionProducts):
     @property
     def kernel(self) -> str:
         """What runs where the module is now, for people; "" if it is simulated."""
-        if not runs_triton(self.query_scale.device):
+        if FLOAT in self.formats.values() or not runs_triton(self.query_scale.device):
             return ""
         return f"{self.formats['query']} scores, {self.formats['value']} values, Triton"
 
@@ -47,7 +48,7 @@ class ExecutableAttention(AttentionProducts):
         if (
             attn_mask is not None or dropout_p > 0 or enable_gqa or not query.numel()
             or not key.shape[:-2] == value.shape[:-2] == query.shape[:-2]
-            or not runs_triton(query.device)
+            or FLOAT in self.formats.values() or not runs_triton(query.device)
         ):  # fmt: skip
             return super().forward(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa

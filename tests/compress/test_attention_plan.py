@@ -18,7 +18,7 @@ from vcompress.compress.context import PlanContext
 from vcompress.compress.latency_table import LatencyEntry, LatencyTable, find_operations
 from vcompress.compress.losses import loss_of
 from vcompress.models.video import VideoModel
-from vcompress.spec.attention_section import PRODUCT_FORMATS, AttentionChoice
+from vcompress.spec.attention_section import AttentionChoice
 from vcompress.spec.errors import InputError
 from vcompress.spec.target import find_target
 
@@ -87,8 +87,10 @@ def test_nothing_is_decided_unless_it_is_asked_for(model: VideoModel, context: P
 def test_formats_are_those_of_the_target() -> None:
     assert formats_of("auto", find_target("int8")) == ("int8",)
     assert formats_of("int8", find_target("fp8")) == ("int8",)
-    with pytest.raises(InputError, match=r"fp8 is nothing that .* int8 runs; .*: int8, auto, keep"):
+    message = r"fp8 is nothing that .* int8 runs; .*: int8, int8_keep, auto, keep"
+    with pytest.raises(InputError, match=message):
         formats_of("fp8", find_target("int8"))
+    assert formats_of("int8_keep", find_target("int8")) == ("int8_keep",)
 
 
 def test_ranges_are_those_of_all_clips(model: VideoModel, context: PlanContext) -> None:
@@ -126,7 +128,7 @@ def test_the_plan_with_the_smallest_loss_is_taken(model: VideoModel, context: Pl
         return float(values.mean())
 
     best = loss(decided(model, context, attention="auto"))
-    for format_name in PRODUCT_FORMATS:
+    for format_name in find_target("fp8").attention:
         assert best <= loss(decided(model, context, attention=format_name))
 
 

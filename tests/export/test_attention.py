@@ -100,6 +100,20 @@ def test_ties_are_counted_in_the_operands_of_attention(
     assert count_ties(wrong, path, inputs(2, seed=3)).num_unexplained > 0
 
 
+def test_values_may_be_kept_while_scores_are_rounded(tmp_path: Path) -> None:
+    module = Products("int8_keep", "int8").eval()
+    path = export_onnx(module, inputs(), tmp_path / "m.onnx", dialect="portable").files[0]
+    check_parity(module, path, inputs(2, seed=1))
+    found = [each.format for each in read_precision(path).products]
+    assert found == ["int8", "float", "int8", "int8"]
+    ties = count_ties(module, path, inputs(2, seed=1))
+    assert ties.num_values == 2 * 2 * (2 * 2 * 12 * 16 + 12 * 16 + 12 * 12)
+    assert ties.num_unexplained == 0
+    # The probabilities stand in a Softmax, which runtimes fuse with both products.
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("Softmax") == 1
+
+
 @pytest.mark.parametrize("name", ["videomae", "vivit"])
 def test_attention_of_transformers_reaches_the_file(
     name: str, original: object, clips: torch.Tensor, tmp_path: Path

@@ -49,7 +49,7 @@ def test_a_line_survives_the_file_and_stands_on_one_line() -> None:
     ("change", "message"),
     [
         ({"format": "int9"}, "did you mean 'int8'"),
-        ({"format": "nvfp4"}, "choose one of: int8, fp8, int8_fp8, keep"),
+        ({"format": "nvfp4"}, "choose one of: int8, fp8, int8_fp8, int8_keep, keep"),
         ({"smooth_key": True}, "did you mean 'smooth_keys'"),
         ({"smooth_keys": 1}, "true or false"),
         ({"query_amax": -1.0}, "query_amax must be a number >= 0"),
