@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -27,7 +28,7 @@ from vcompress.export.dialects.dialect import Dialect
 from vcompress.export.dialects.portable import PORTABLE
 from vcompress.export.dialects.tensorrt import TENSORRT
 from vcompress.export.simplify import expand_boolean_where
-from vcompress.export.trace import quiet, trace
+from vcompress.export.trace import FreeAxes, quiet, trace
 from vcompress.models.calls import Batch, Call
 from vcompress.spec.errors import BuildError, InputError
 
@@ -83,6 +84,7 @@ def export_onnx(
     output_name: str = "output",
     metadata: Mapping[str, str] = MappingProxyType({}),
     dynamic_batch: bool = True,
+    free_axes: FreeAxes = MappingProxyType({}),
 ) -> GraphFacts:
     """Write `module` as the ONNX file `path`, which appears only when it is complete.
 
@@ -97,21 +99,28 @@ def export_onnx(
         metadata: goes into the file's metadata_props.
         dynamic_batch: leave the batch size free where the module allows it; else it becomes that
             of the example.
+        free_axes: other axes to leave free, by the name of their input in the graph, and what
+            their sizes are called there.
 
     Raises:
         InputError: the dialect is unknown, or its runtimes have no place for a layer's format.
-        BuildError: the module cannot be traced or has an operator without translation.
+        BuildError: the module cannot be traced, fixes an axis that is to be free, or has an
+            operator without translation.
     """
     if dialect not in DIALECTS:
         message = f"unknown dialect {dialect!r}; choose one of: {', '.join(DIALECTS)}"
         raise InputError(message)
     _refuse_formats(module, DIALECTS[dialect])
     with quiet():
-        traced = trace(module, example, dynamic_batch=dynamic_batch)
+        traced = trace(
+            module, example, dynamic_batch=dynamic_batch,
+            free_axes=free_axes if isinstance(example, Call) or not free_axes
+            else {"": free_axes[input_name]},
+        )  # fmt: skip
         model = translate_program(traced.program, DIALECTS[dialect])
         tidy_graph(model, traced.program)
     names = list(example.flat) if isinstance(example, Call) else [input_name]
-    _rename(model, names, output_name)
+    _rename(model, names, output_name, free_axes)
     model.metadata_props.update(metadata)
     files = save_graph(model, path)
     return GraphFacts(
@@ -236,21 +245,24 @@ def _merge_constants(model: ir.Model, parameters: set[str]) -> None:
             del model.graph.initializers[name]
 
 
-def _rename(model: ir.Model, input_names: Sequence[str], output_name: str) -> None:
-    """Name inputs, output and the batch axis."""
+def _rename(
+    model: ir.Model, input_names: Sequence[str], output_name: str, free_axes: FreeAxes
+) -> None:
+    """Name inputs, output and the free axes."""
     (result,) = model.graph.outputs
-    source = model.graph.inputs[0]
-    assert source.shape is not None
-    symbol = source.shape[0]
-    for value, name in zip(model.graph.inputs, input_names, strict=True):
+    symbols: dict[Any, str] = {}
+    for number, (value, name) in enumerate(zip(model.graph.inputs, input_names, strict=True)):
         value.name = name
+        assert value.shape is not None
+        wanted = {**({0: BATCH_AXIS} if number == 0 else {}), **free_axes.get(name, {})}
+        for axis, called in wanted.items():
+            if not isinstance(value.shape[axis], int):
+                symbols.setdefault(value.shape[axis], called)
     result.name = output_name
-    if isinstance(symbol, int):
-        return
     values = (value for node in model.graph for value in node.outputs)
     for value in (*model.graph.inputs, *values):
-        if value.shape is not None:
-            value.shape = ir.Shape([BATCH_AXIS if size == symbol else size for size in value.shape])
+        if value.shape is not None and symbols:
+            value.shape = ir.Shape([symbols.get(size, size) for size in value.shape])
 
 
 def _shape(value: ir.Value) -> tuple[int | str, ...]:

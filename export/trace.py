@@ -1,4 +1,8 @@
-"""Trace a module with `torch.export`, with a free batch size where the module allows one."""
+"""Trace a module with `torch.export`, with a free batch size where the module allows one.
+
+Other axes (frames, height, width) are left free where that is asked for, and it is an error where
+the module does not allow it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +21,11 @@ from torch import nn
 from vcompress.models.calls import Batch, Call
 from vcompress.spec.errors import BuildError
 
-__all__ = ["Trace", "quiet", "trace"]
+__all__ = ["FreeAxes", "Trace", "quiet", "trace"]
+
+# Name of an input -> number of an axis -> what its size is called.
+FreeAxes = Mapping[str, Mapping[int, str]]
+_NONE: FreeAxes = MappingProxyType({})
 
 # A traced size of 1 or 0 would be taken for a constant.
 _SMALLEST_FREE_BATCH = 2
@@ -65,20 +74,29 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             child.training = True
 
 
-def trace(module: nn.Module, example: Batch, *, dynamic_batch: bool) -> Trace:
+def trace(
+    module: nn.Module, example: Batch, *, dynamic_batch: bool, free_axes: FreeAxes = _NONE
+) -> Trace:
     """Trace `module(example)`, whose first axis is the batch.
 
     Of a call the module is given `Call.flat`; what it shares has no batch axis.
 
+    Args:
+        module: what is traced.
+        example: an input.
+        dynamic_batch: leave the batch size free if possible.
+        free_axes: others that must be free; the input is called "" if it is a tensor.
+
     Raises:
-        BuildError: the module cannot be traced, or does not return one tensor.
+        BuildError: the module cannot be traced, does not allow an axis to be free, or does not
+            return one tensor.
     """
     program, reason = None, "a fixed batch size was asked for"
     with _evaluating(module), torch.no_grad():
         if dynamic_batch:
-            program, reason = _with_free_batch(module, example)
+            program, reason = _with_free_batch(module, example, free_axes)
         if program is None:
-            program = _with_fixed_batch(module, example)
+            program = _with_fixed_batch(module, example, free_axes)
     num_outputs = len(program.graph_signature.user_outputs)
     if num_outputs != 1:
         message = (
@@ -97,11 +115,21 @@ def _shown(example: Batch) -> str:
     return str(example.spec) if isinstance(example, Call) else f"shape {list(example.shape)}"
 
 
-def _with_fixed_batch(module: nn.Module, example: Batch) -> torch.export.ExportedProgram:
+def _with_fixed_batch(
+    module: nn.Module, example: Batch, free_axes: FreeAxes
+) -> torch.export.ExportedProgram:
+    shapes = (_free(example, None, free_axes),) if free_axes else None
     try:
-        return torch.export.export(module, (_argument(example),))
+        return torch.export.export(module, (_argument(example),), dynamic_shapes=shapes)
     # torch.export lets through whatever the module raises, and has a dozen errors of its own.
     except Exception as error:
+        if free_axes:
+            names = sorted({name for axes in free_axes.values() for name in axes.values()})
+            message = (
+                f"{type(module).__name__} does not allow free {', '.join(names)}: "
+                f"{_reason(error)}; leave out what its forward fixes, or export it static"
+            )
+            raise BuildError(message) from error
         message = (
             f"torch.export cannot trace {type(module).__name__} at {_shown(example)}: "
             f"{_reason(error)}; check the shape, and that its forward has no Python control flow "
@@ -110,8 +138,22 @@ def _with_fixed_batch(module: nn.Module, example: Batch) -> torch.export.Exporte
         raise BuildError(message) from error
 
 
+def _free(example: Batch, batch: Any, free_axes: FreeAxes) -> Any:
+    """What `torch.export` is told of free axes; `batch` is the dimension of the first, if any."""
+
+    def of(name: str, has_batch: bool) -> dict[int, Any] | None:
+        axes = dict.fromkeys(free_axes.get(name, {}), torch.export.Dim.DYNAMIC)
+        if batch is not None and has_batch:
+            axes = {0: batch, **axes}
+        return axes or None
+
+    if isinstance(example, Call):
+        return {name: of(name, name in example.tensors) for name in example.flat}
+    return of("", has_batch=True)
+
+
 def _with_free_batch(
-    module: nn.Module, example: Batch
+    module: nn.Module, example: Batch, free_axes: FreeAxes
 ) -> tuple[torch.export.ExportedProgram | None, str]:
     """The program and an empty reason, or None and why the batch size cannot be free."""
     if len(example) < _SMALLEST_FREE_BATCH:
@@ -120,10 +162,7 @@ def _with_free_batch(
             if isinstance(example, Call)
             else torch.cat([example] * _SMALLEST_FREE_BATCH)
         )
-    free = {0: torch.export.Dim("batch")}
-    shapes: Any = free
-    if isinstance(example, Call):
-        shapes = {name: free if name in example.tensors else None for name in example.flat}
+    shapes = _free(example, torch.export.Dim("batch"), free_axes)
     try:
         program = torch.export.export(module, (_argument(example),), dynamic_shapes=(shapes,))
     except Exception as error:
