@@ -112,7 +112,7 @@ def quantized(model: VideoModel, clip: torch.Tensor) -> VideoModel:
 def reduced(model: VideoModel, share: float) -> tuple[VideoModel, dict[str, Any]]:
     """The model with the schedule of `share`, and its section."""
     sites = tuple(Site(*site) for site in SCHEDULES[share])
-    section = Fitter(model).fit(Candidate(sites, "proportional_fused"), share)
+    section = Fitter(model).fit(Candidate(sites, "proportional"), share)
     assert section is not None
     changed = model.copy()
     apply_reduction(changed, section)
@@ -120,11 +120,13 @@ def reduced(model: VideoModel, share: float) -> tuple[VideoModel, dict[str, Any]
 
 
 def write_graph(model: VideoModel, clip: torch.Tensor, folder: Path, name: str) -> dict[str, Path]:
-    """The files of a model for ONNX Runtime and for OpenVINO."""
+    """The files of a model for ONNX Runtime and for OpenVINO; those that are there stay."""
     module = PrimaryOutput(model.module)
     paths = {}
     for dialect in ("portable", "tensorrt"):
         paths[dialect] = folder / f"{name}.{dialect}.onnx"
+        if paths[dialect].is_file():
+            continue
         export_onnx(module, clip, paths[dialect], dialect=dialect, dynamic_batch=False)
     paths["openvino"] = folder / f"{name}.openvino.onnx"
     onnx.save(for_openvino(onnx.load(paths["tensorrt"])), paths["openvino"])
@@ -147,7 +149,8 @@ def write_peers(model: VideoModel, float_path: Path, clip: torch.Tensor, folder:
     import openvino
     from onnxruntime.quantization import quantize_dynamic
 
-    quantize_dynamic(float_path, folder / "dynamic.onnx")
+    if not (folder / "dynamic.onnx").is_file():
+        quantize_dynamic(float_path, folder / "dynamic.onnx")
     sources = {
         "nncf_onnx": openvino.Core().read_model(float_path),
         "nncf_torch": openvino.convert_model(

@@ -403,3 +403,37 @@ def test_an_older_file_is_replaced_whole(tmp_path: Path) -> None:
     export_onnx(Batch("plain"), torch.randn(2, 16), path, dialect="portable")
     onnx.checker.check_model(str(path))
     assert list(tmp_path.iterdir()) == [path]
+
+
+class Pooled(nn.Module):
+    """A convolution and a mean, for clips of any size; `fixed` ties it to one."""
+
+    def __init__(self, *, fixed: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv3d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.register_buffer("places", torch.zeros(4, 1, 16, 16) if fixed else torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stem((x + self.places).transpose(1, 2)).mean((2, 3, 4)))
+
+
+FREE = {"pixel_values": {1: "frames", 3: "height", 4: "width"}}
+
+
+@torch.no_grad()
+def test_frames_height_and_width_may_be_free(tmp_path: Path) -> None:
+    module, path = Pooled(fixed=False).eval(), tmp_path / "m.onnx"
+    facts = export_onnx(
+        module, torch.randn(1, 4, 3, 16, 16), path, dialect="portable", free_axes=FREE
+    )
+    assert facts.input_shape == ("batch", "frames", 3, "height", "width")
+    assert facts.output_shape == ("batch", 5)
+    check_parity(path, module, [torch.randn(3, 6, 3, 24, 10), torch.randn(1, 2, 3, 8, 8)], 1e-5)
+
+
+def test_an_axis_that_the_model_fixes_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"free frames, height, width: .*size\(\)\[1\].*constant"):
+        export_onnx(
+            Pooled(fixed=True).eval(), torch.randn(1, 4, 3, 16, 16), tmp_path / "m.onnx",
+            dialect="portable", free_axes=FREE,
+        )  # fmt: skip
