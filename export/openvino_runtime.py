@@ -58,7 +58,12 @@ def open_openvino(
     if device == "CPU":
         options["INFERENCE_NUM_THREADS"] = usable_threads() if threads is None else threads
     try:
-        compiled = core.compile_model(core.read_model(onnx_path), device, options)
+        model = core.read_model(onnx_path)
+        # A compiled input also goes by the names of operators that were found to do nothing to it.
+        names = [
+            tuple(value.any_name for value in values) for values in (model.inputs, model.outputs)
+        ]
+        compiled = core.compile_model(model, device, options)
     except Exception as error:  # the native library raises RuntimeError for everything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "Check '" in line or "message" in line), lines[-1])
@@ -68,14 +73,17 @@ def open_openvino(
     if actual != (device,):
         message = f"OpenVINO was asked for {device} and runs on {', '.join(actual)}"
         raise BuildError(message)
-    return OpenvinoSession(onnx_path, compiled)
+    return OpenvinoSession(onnx_path, compiled, *names)
 
 
 class OpenvinoSession:
     """A loaded model. Made by `open_openvino`."""
 
-    def __init__(self, onnx_path: Path, compiled: Any) -> None:
+    def __init__(
+        self, onnx_path: Path, compiled: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]
+    ) -> None:
         self._path, self._compiled = onnx_path, compiled
+        self._input_names, self._output_names = inputs, outputs
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -85,12 +93,12 @@ class OpenvinoSession:
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names of the inputs, in the order of the graph."""
-        return tuple(value.any_name for value in self._compiled.inputs)
+        return self._input_names
 
     @property
     def output_names(self) -> tuple[str, ...]:
         """Names of the outputs, in the order of the graph."""
-        return tuple(value.any_name for value in self._compiled.outputs)
+        return self._output_names
 
     @property
     def input_shape(self) -> tuple[int | None, ...]:
@@ -111,11 +119,11 @@ class OpenvinoSession:
                 f"{', '.join(inputs) or 'none'}"
             )
             raise InputError(message)
-        for value in self._compiled.inputs:
-            wanted, got = np.dtype(value.element_type.to_dtype()), inputs[value.any_name].dtype
+        for name, value in zip(self.input_names, self._compiled.inputs, strict=True):
+            wanted, got = np.dtype(value.element_type.to_dtype()), inputs[name].dtype
             if wanted != got:
                 # OpenVINO would convert it without a word.
-                message = f"{self._path.name} takes {wanted} as input {value.any_name}, got {got}"
+                message = f"{self._path.name} takes {wanted} as input {name}, got {got}"
                 raise InputError(message)
         try:
             results = self._compiled(dict(inputs))
@@ -123,7 +131,10 @@ class OpenvinoSession:
             lines = str(error).strip().splitlines()
             message = f"OpenVINO failed to run {self._path.name}: {lines[-1]}"
             raise BuildError(message) from error
-        outputs = {value.any_name: np.array(results[value]) for value in self._compiled.outputs}
+        outputs = {
+            name: np.array(results[value])
+            for name, value in zip(self.output_names, self._compiled.outputs, strict=True)
+        }
         for name, output in outputs.items():
             if output.size == 0:
                 message = (
