@@ -2,7 +2,7 @@
 
     python benchmarks/export_table.py                       what is missing in the results
     python benchmarks/export_table.py r3d vivit             these alone, also if they are there
-    python benchmarks/export_table.py --write docs/export.md
+    python benchmarks/export_table.py --write docs/export.md   the rows that are there
 
 One process a model, whose row is merged into the results when it is done, so that a run can be
 stopped and gone on with. Each model (`export_zoo.py`) is exported in float with as many free axes
@@ -274,6 +274,9 @@ def main() -> None:
         merged = {**_read(arguments.results), arguments.row: row}
         arguments.results.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
         return
+    if arguments.write:
+        _write(arguments.write, _read(arguments.results))
+        return
     missing = [name for name in MODELS if name not in _read(arguments.results)]
     for name in arguments.models or missing:
         command = [sys.executable, "-m", "vcompress.benchmarks.export_table", "--row", name,
@@ -281,11 +284,7 @@ def main() -> None:
         done = subprocess.run(command, check=False)
         row = _read(arguments.results).get(name) if done.returncode == 0 else "failed"
         print(name, json.dumps(row)[:600], flush=True)
-    results = _read(arguments.results)
-    if arguments.write:
-        _write(arguments.write, results)
-    else:
-        print(table(results))
+    print(table(_read(arguments.results)))
 
 
 if __name__ == "__main__":
