@@ -87,7 +87,7 @@ def load_model(source: str, options: LoadOptions | None = None) -> VideoModel:
         if replace(options, calls=None) != LoadOptions():
             message = f"{source} says itself how it is built and fed; leave the model flags out"
             raise InputError(message)
-        return load_reference(source.removeprefix("reference:"))
+        return load_reference(source.removeprefix("reference:"), options.calls)
     path = Path(source)
     if path.is_dir():
         return _load_directory(path, options)

@@ -12,6 +12,7 @@ from torch import nn
 
 from vcompress.compress.context import CacheRequest
 from vcompress.models.recording import record_calls
+from vcompress.models.reference.catalog import REFERENCE_PIPELINES
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.cache_sampler import make_cases, open_sampler, read_prompts
 from vcompress.pipeline.cache_search import Bar, Search, run_section
@@ -26,6 +27,7 @@ _NUM_CLIPS = 4
 # Of each clip; neighbouring steps say the same.
 _RECORDED_STEPS = 8
 _TRANSFORMER = "transformer"
+_REFERENCE = "reference:"
 
 Answer = tuple[CacheSection | None, Mapping[str, Any]]
 
@@ -47,28 +49,33 @@ def cache_request(
         section = _section_of(Path(options.cache))
         return lambda _module: (section, {"plan": options.cache})
     least = options.min_psnr
-    folder = _pipeline_of(source)
-    if least is None or folder is None:
+    pipeline = _pipeline_of(source)
+    if least is None or pipeline is None:
         message = (
             "--cache auto compares generated clips: it needs --min-psnr (30, for instance), and a "
             "MODEL that is a pipeline folder of diffusers or the transformer in one"
         )
         raise InputError(message)
-    name = _name_in(folder, source)
-    return lambda module: _searched(folder, name, module, Bar("psnr_db", least), options, progress)
+    name, bar = _name_in(source), Bar("psnr_db", least)
+    return lambda module: _searched(pipeline, name, module, bar, options, progress)
 
 
 def with_calls(
     source: str | VideoModel, options: Options, path: Path, progress: Progress
 ) -> Options:
-    """`options` with calls for calibration, recorded to `path` if a cache is searched without."""
-    folder = _pipeline_of(source)
-    if options.cache != AUTO or options.calib is not None or folder is None:
+    """`options` with calls for calibration, recorded to `path`.
+
+    That is done where a cache is searched without any, and for a reference pipeline, whose prompts
+    are what `--calib` names.
+    """
+    pipeline = _pipeline_of(source)
+    own = pipeline is not None and pipeline == options.calib
+    if pipeline is None or not (own or (options.cache == AUTO and options.calib is None)):
         return options
-    sampler = open_sampler(str(folder))
+    sampler = open_sampler(pipeline)
     prompts = read_prompts(options.prompts, sampler)
     calibration, held_out = make_cases(prompts, _NUM_CLIPS, options.seed)
-    denoiser = getattr(sampler.pipe, _name_in(folder, source))
+    denoiser = getattr(sampler.pipe, _name_in(source))
     every = max(1, sampler.num_steps // _RECORDED_STEPS)
     with (
         progress.stage("record calls", 2 * _NUM_CLIPS) as advance,
@@ -80,19 +87,20 @@ def with_calls(
     return replace(options, calib=str(path))
 
 
-def _name_in(folder: Path, source: str | VideoModel) -> str:
+def _name_in(source: str | VideoModel) -> str:
     given = Path(str(source))
-    return _TRANSFORMER if (given / "model_index.json").is_file() else given.name
+    whole = str(source).startswith(_REFERENCE) or (given / "model_index.json").is_file()
+    return _TRANSFORMER if whole else given.name
 
 
 def _searched(
-    folder: Path, name: str, module: nn.Module, bar: Bar, options: Options, progress: Progress
+    pipeline: str, name: str, module: nn.Module, bar: Bar, options: Options, progress: Progress
 ) -> Answer:
     """The best cache of `module` in its pipeline; clips are compared with the full model's.
 
     So the target is one for what is quantized and what is reused together.
     """
-    sampler = open_sampler(str(folder))
+    sampler = open_sampler(pipeline)
     prompts = read_prompts(options.prompts, sampler)
     if sampler.cannot_pay is not None:
         progress.warn(sampler.cannot_pay)
@@ -123,12 +131,14 @@ def _searched(
     }  # fmt: skip
 
 
-def _pipeline_of(source: str | VideoModel) -> Path | None:
+def _pipeline_of(source: str | VideoModel) -> str | None:
     if not isinstance(source, str):
         return None
+    if source.removeprefix(_REFERENCE) in REFERENCE_PIPELINES and source.startswith(_REFERENCE):
+        return source
     for folder in (Path(source), Path(source).absolute().parent):
         if (folder / "model_index.json").is_file():
-            return folder
+            return str(folder)
     return None
 
 

@@ -36,6 +36,19 @@ _LEAST_CALLS, _MOST_CALLS, _LEAST_SECONDS = 4, 10, 2.0
 _NUM_OPERATORS = 8
 
 
+def _attention_operations(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """Of both products, from shapes `[B, H, L, D]` and `[B, H, S, D]`."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+# Torch's counter does not know the kernel for a CPU.
+_CPU_ATTENTION: Any = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations
+}
+
+
 @dataclass
 class _Seen:
     """What one module was given and did."""
@@ -115,7 +128,7 @@ def _timed(module: nn.Module, example: Batch) -> float:
 
 def _operations(module: nn.Module, example: Batch) -> dict[str, int]:
     """Floating-point operations that each module does itself, by full name."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
     with counter:
         run_module(module, example)
     root = type(module).__name__

@@ -26,5 +26,5 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wan["fp8_channel + cache + tokens"]["skip_rate"] == 0.4
     assert "call" in sections["vit-l"]["ways"]["fp8_channel + tokens"]
     trained = sections["quality"]["ways"]
-    assert trained["fp8_channel + cache"]["psnr_db"] > 20
+    assert trained["fp8_channel + cache"]["psnr_db"] > 14
     assert trained["fp8_channel + cache"]["skip_rate"] == 0.4

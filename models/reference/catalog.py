@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vcompress.models import load
+from vcompress.models.calls import call_of
 from vcompress.models.checkpoint import Checkpoint, read_safetensors
 from vcompress.models.reference import moving_fashion, penvideo
 from vcompress.models.video import VideoModel
@@ -51,10 +54,7 @@ _TEST_SEED = 1
 
 def _entry(name: str) -> ReferenceModel:
     if name in REFERENCE_PIPELINES:
-        message = (
-            f"{name} is a diffusion pipeline, not a recogniser; "
-            f"use vcompress.models.reference.diffusion_sampler.reference_pipeline({name!r})"
-        )
+        message = f"{name} is a diffusion pipeline: it has prompts and no clips"
         raise InputError(message)
     if name not in REFERENCE_MODELS:
         message = (
@@ -65,8 +65,15 @@ def _entry(name: str) -> ReferenceModel:
     return REFERENCE_MODELS[name]
 
 
-def load_reference(name: str) -> VideoModel:
-    """The shipped recogniser `name` ("penvideo20" or "moving-fashion"), float32."""
+def load_reference(name: str, calls: Path | None = None) -> VideoModel:
+    """The shipped recogniser `name`, or the transformer of the shipped pipeline, in float32.
+
+    Args:
+        name: in `REFERENCE_MODELS` or `REFERENCE_PIPELINES`.
+        calls: recorded calls of the transformer, for the shapes of its inputs.
+    """
+    if name in REFERENCE_PIPELINES:
+        return _load_transformer(name, calls)
     entry = _entry(name)
     assets = resources.files("vcompress.models.reference") / "assets"
     if not (assets / f"{entry.asset}.safetensors").is_file():
@@ -87,6 +94,28 @@ def load_reference(name: str) -> VideoModel:
     )
     return load.from_checkpoint(
         stored, name=name, source=f"reference:{name}", options=load.LoadOptions()
+    )
+
+
+def _load_transformer(name: str, calls: Path | None) -> VideoModel:
+    from vcompress.models.denoisers import example_call
+    from vcompress.models.reference import bouncing_garments
+    from vcompress.models.reference.diffusion_sampler import reference_pipeline
+
+    module = reference_pipeline(name).transformer
+    family, source = type(module).__name__, f"reference:{name}"
+    if calls is not None:
+        call = example_call(family, {}, calls, source)
+    else:
+        size = bouncing_garments.SIZE
+        call = call_of({
+            "hidden_states": torch.zeros(1, 1, bouncing_garments.NUM_FRAMES, size, size),
+            "timestep": torch.full((1,), 500.0),
+            "encoder_hidden_states": bouncing_garments.embed(torch.zeros(1, 3, dtype=torch.long)),
+        })  # fmt: skip
+    config = {**module.config, "_class_name": family}
+    return load.wrap_denoiser(
+        module, name=name, call=call, family=family, config=config, source=source
     )
 
 

@@ -87,6 +87,9 @@ def test_the_command_prints_and_writes(
     data = json.loads(path.read_text())
     assert data["command"] == "profile"
     assert data["classes"]["linear"] > data["classes"]["convolution"]
+    attentions = [each for each in data["layers"] if each["kind"] == "attention"]
+    # Two products of 128 tokens by 128 tokens over 128 channels, in each of four blocks.
+    assert [each["operations"] for each in attentions] == [4 * 128**3] * 4
     printed = capsys.readouterr().out
     for word in ("linear", "patch_embeddings.projection", "quantize linears", "reduce tokens"):
         assert word in printed
