@@ -67,7 +67,8 @@ MODELS: dict[str, Callable[[], VideoModel]] = {
         num_hidden_layers=12,
     ),
     "TimeSformer": lambda: _family(
-        "timesformer", **_SMALL, patch_size=16, num_frames=8, num_hidden_layers=8
+        "timesformer", **_SMALL | {"image_size": 224}, patch_size=16, num_frames=8,
+        num_hidden_layers=12,
     ),
     "VideoPrism": lambda: _family(
         "videoprism_vision_model", **_SMALL, tubelet_size=[1, 16, 16], num_frames=8,
