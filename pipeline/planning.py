@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from vcompress.compress.tensors import LayerTensors, ModelTensors, flatten, unfl
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.run import Options, Progress, Silent
 from vcompress.spec.artifact import sha256_of
+from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan, check_plan
 from vcompress.spec.target import find_target
@@ -63,7 +65,7 @@ def make_plan(
 
 def empty_plan(model: VideoModel, calibration: Samples, options: Options) -> CompressionPlan:
     """A plan that says what it is for and what it rests on, and decides nothing."""
-    grid = model.token_grid
+    grid, clip = model.token_grid, _clip_of(model)
     return CompressionPlan(
         target=options.target,
         seed=options.seed,
@@ -74,6 +76,7 @@ def empty_plan(model: VideoModel, calibration: Samples, options: Options) -> Com
             "weights_sha256": model.weights_sha256,
             "num_blocks": len(model.blocks),
             "token_grid": None if grid is None else [grid.frames, grid.height, grid.width],
+            **({} if clip is None else {"clip": clip}),
         },
         evidence={
             "calib": options.calib,
@@ -88,6 +91,11 @@ def empty_plan(model: VideoModel, calibration: Samples, options: Options) -> Com
         },
         quantize={},
     )
+
+
+def _clip_of(model: VideoModel) -> dict[str, Any] | None:
+    """How a video becomes the model's input, as plain data; None where it takes no clips."""
+    return model.inputs.as_dict() if isinstance(model.inputs, ClipSpec) else None
 
 
 def _latency_table(
@@ -107,7 +115,7 @@ def check_against(plan: CompressionPlan, model: VideoModel, tensors: ModelTensor
     attentions = () if plan.attention is None else find_attentions(model.module, model.example(1))
     check_plan(
         plan, layers=model.layers, blocks=model.blocks, weights_sha256=model.weights_sha256,
-        parts=tensors, attentions=tuple(attentions),
+        clip=_clip_of(model), parts=tensors, attentions=tuple(attentions),
     )  # fmt: skip
 
 

@@ -31,6 +31,10 @@ __all__ = [
 ]  # fmt: skip
 
 SCHEMA = 1
+_FLAGS = {
+    "mean": "; give it with --mean", "std": "; give it with --std", "fps": "; give it with --fps",
+    "stride": "; give it with --clip-stride",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,8 @@ class CompressionPlan:
     Attributes:
         target: name in `spec.target.TARGETS`.
         seed: of every random choice.
-        model: identity of the model: family, weights_sha256, num_blocks, token_grid.
+        model: identity of the model: family, weights_sha256, num_blocks, token_grid, and clip: how
+            a video becomes its input (a plan without it, or of a denoiser, is not checked for it).
         evidence: what the decisions rest on: calibration digest, number of clips, versions.
         quantize: the choice for every candidate layer, in model order.
         attention: the choice for the products of every attention, by the full name of its module;
@@ -164,6 +169,7 @@ def check_plan(
     layers: Mapping[str, LayerFacts],
     blocks: tuple[str, ...],
     weights_sha256: str,
+    clip: Mapping[str, Any] | None = None,
     parts: Mapping[str, Collection[str]] | None = None,
     attentions: Collection[str] = (),
 ) -> None:
@@ -174,6 +180,7 @@ def check_plan(
         layers: of the model, by full name.
         blocks: full names of the model's repeated blocks.
         weights_sha256: of the model.
+        clip: how a video becomes the model's input, as plain data; None for a model of no clips.
         parts: what the tensors file has, by layer; None if it was not read.
         attentions: full names of the modules that call attention; needed where the plan has a
             section on them.
@@ -184,6 +191,8 @@ def check_plan(
             f"the plan was made for weights {str(plan.model.get('weights_sha256'))[:12]}, this "
             f"model has {weights_sha256[:12]}; make a plan for this model with vcompress plan"
         )
+    if clip is not None:
+        problems += _other_clips(plan.model.get("clip", clip), clip)
     for name, choice in plan.quantize.items():
         if name not in layers:
             problems.append(f"quantize.{name}: no such layer{strict_json.nearest(name, layers)}")
@@ -215,3 +224,15 @@ def check_plan(
     if problems:
         message = "the plan does not fit the model:\n  " + "\n  ".join(problems)
         raise InputError(message)
+
+
+def _other_clips(planned: Any, clip: Mapping[str, Any]) -> list[str]:
+    """What differs between the clips that a plan was made for and those of the model."""
+    if not isinstance(planned, Mapping):
+        return [f"model.clip must be an object, got {planned!r}"]
+    return [
+        f"model.clip: {key} is {planned.get(key)!r} in the plan and {clip.get(key)!r} in the "
+        f"model{_FLAGS.get(key, '')}"
+        for key in {**clip, **planned}
+        if planned.get(key) != clip.get(key)
+    ]

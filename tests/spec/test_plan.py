@@ -199,3 +199,19 @@ def test_duplicate_keys_and_nan_are_refused() -> None:
         strict_json.parse('{"a": NaN}', "plan")
     with pytest.raises(InputError, match="not valid JSON"):
         strict_json.parse("[" * 100_000, "plan")
+
+
+def test_a_plan_made_for_other_clips_is_refused_with_the_flag_that_mends_it() -> None:
+    clip = {"num_frames": 16, "fps": 8.0, "mean": [0.5]}
+    plan = dataclasses.replace(make_plan(), model={"weights_sha256": DIGEST, "clip": clip})
+    arguments = {
+        "layers": LAYERS, "blocks": ("blocks.0", "blocks.1"), "weights_sha256": DIGEST,
+    }  # fmt: skip
+    check_plan(plan, clip=dict(clip), **arguments)
+    with pytest.raises(InputError, match=r"fps is 8\.0 in the plan and None.*--fps") as caught:
+        check_plan(plan, clip={**clip, "fps": None, "mean": [0.0]}, **arguments)
+    assert "--mean" in str(caught.value)
+    assert "num_frames" not in str(caught.value)
+    # A plan that says nothing of clips, and one of a model without clips.
+    check_plan(make_plan(), clip=clip, **arguments)
+    check_plan(plan, clip=None, **arguments)
