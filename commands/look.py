@@ -37,13 +37,14 @@ def inspect(
     With --tokens, a picture of what the plan in FILE does to the patches of CLIP.
     """
     from vcompress.terminal.console import Console
+    from vcompress.terminal.inspection import print_inspection
 
     console = Console(as_json=as_json, quiet=quiet)
     if clip is None:
         if output is not None or model is not None:
             message = "--output and --model are for the picture: add --tokens CLIP"
             raise click.UsageError(message)
-        console.inspect(file)
+        print_inspection(console, file)
         return
     from vcompress.pipeline.tokens_view import view_tokens
 

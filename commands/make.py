@@ -69,13 +69,14 @@ def plan(model: str, output: Path, as_json: bool, quiet: bool, **values: Any) ->
     """Decide only: write the plan of MODEL, one layer a line, to be read and edited."""
     from vcompress import pipeline
     from vcompress.terminal.console import Console
+    from vcompress.terminal.inspection import print_plan
 
     console = Console(as_json=as_json, quiet=quiet)
     load = load_options(values)
     made = pipeline.write_plan(
         model, output, load=load, options=pipeline.Options(**values), progress=console
     )
-    console.plan(made, output)
+    print_plan(console, made, output)
 
 
 @click.command()

@@ -10,6 +10,8 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
+from vcompress.terminal.tables import plain_table
+
 if TYPE_CHECKING:
     from vcompress.pipeline.cache import CacheFound
 
@@ -51,9 +53,7 @@ def print_cache(found: CacheFound, *, as_json: bool) -> None:
 
 
 def _families(found: CacheFound) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, header in enumerate(("family", "reused", "PSNR dB", "SSIM", "tried")):
-        table.add_column(header, justify="right" if index else "left")
+    table = plain_table(("family", "reused", "PSNR dB", "SSIM", "tried"), right=range(1, 5))
     for one in found.families:
         cells = ("-", "-", "-")
         if one.best is not None:

@@ -347,7 +347,7 @@ def test_a_bug_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         message = "boom"
         raise RuntimeError(message)
 
-    monkeypatch.setattr("vcompress.terminal.console.Console.inspect", fail)
+    monkeypatch.setattr("vcompress.terminal.inspection.print_inspection", fail)
     code, message = run(monkeypatch, "inspect", tmp_path)
     assert code == 1
     assert "a bug in vcompress: RuntimeError: boom" in message
@@ -357,5 +357,5 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vcompress.terminal.console.Console.inspect", interrupt)
+    monkeypatch.setattr("vcompress.terminal.inspection.print_inspection", interrupt)
     assert run(monkeypatch, "inspect", tmp_path)[0] == 130
