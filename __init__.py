@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vcompress.compress.kernels.execute import execute
-    from vcompress.export.deployed import open_deployed as load
+    from vcompress.export.deployed import open_deployed as load_artifact
     from vcompress.models.load import LoadOptions, load_model, wrap_module
     from vcompress.models.recording import record_calls
     from vcompress.pipeline import Options, Outcome, apply, apply_plan, make_plan, quantize
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Artifact", "CompressionPlan", "LoadOptions", "Options", "Outcome", "apply", "apply_plan",
-    "cached", "compressed", "execute", "find_cache", "find_tokens", "load", "load_model",
+    "cached", "compressed", "execute", "find_cache", "find_tokens", "load_artifact", "load_model",
     "make_plan", "quantize", "record_calls", "sensitivity", "stream", "validate_artifact",
     "wrap_module",
 ]  # fmt: skip
@@ -50,7 +50,7 @@ _HOMES = {
     "execute": "vcompress.compress.kernels.execute:execute",
     "find_cache": "vcompress.pipeline.cache:find_cache",
     "find_tokens": "vcompress.pipeline.tokens:find_tokens",
-    "load": "vcompress.export.deployed:open_deployed",
+    "load_artifact": "vcompress.export.deployed:open_deployed",
     "load_model": "vcompress.models.load:load_model",
     "make_plan": "vcompress.pipeline:make_plan",
     "quantize": "vcompress.pipeline:quantize",

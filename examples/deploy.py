@@ -14,7 +14,7 @@ import vcompress
 
 def main(folder: str, *videos: str) -> None:
     """Print the answers for `videos`, as they come."""
-    deployed = vcompress.load(folder)
+    deployed = vcompress.load_artifact(folder)
     print(
         f"{deployed.name} on {', '.join(deployed.providers)}, golden clips: {deployed.check():.1e}"
     )

@@ -1,6 +1,6 @@
 """Runs an artifact on videos, on a device that has no torch.
 
-    deployed = vcompress.load("out/")
+    deployed = vcompress.load_artifact("out/")
     for answer in deployed.answers(["camera.mp4"]):
         print(answer.video, answer.label, answer.score)
 
