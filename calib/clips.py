@@ -170,10 +170,12 @@ class Clips(Sequence[Array]):
     def split(self, share: float, seed: int) -> tuple[Clips, Clips]:
         """Two disjoint parts in the original order; the first has `share` of the clips, rounded.
 
+        It has at least one, since a share of a few clips is still to be tested on.
+
         Raises:
             InputError: one part would be empty.
         """
-        count = round(share * len(self)) if 0 < share < 1 else 0
+        count = max(1, round(share * len(self))) if 0 < share < 1 else 0
         if not 0 < count < len(self):
             message = (
                 f"both parts of a split must hold a clip; {share:g} of {len(self)} clips leaves "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 from vcompress.calib.calls import Calls, Samples, load_calls
@@ -10,6 +11,7 @@ from vcompress.calib.clips import Clips
 from vcompress.calib.load import load_clips
 from vcompress.models.reference.catalog import Part, reference_clips
 from vcompress.spec.clip import ClipSpec
+from vcompress.spec.defaults import NUM_TEST_CLIPS
 from vcompress.spec.errors import InputError
 
 __all__ = ["REFERENCE_PREFIX", "ClipRequest", "ClipSets", "open_clip_sets", "open_clips"]
@@ -26,14 +28,16 @@ class ClipRequest:
     Attributes:
         calib: a path, or `reference:NAME`.
         data: test clips, or None (see `open_clip_sets`).
-        num_clips, num_test_clips: at most so many.
+        num_clips: of calibration, at most.
+        num_test_clips: at most; None for a quarter of the clips, where these are held out of
+            `calib`, and for 1,000 otherwise.
         seed: of the draw.
     """
 
     calib: str
     data: str | None
     num_clips: int
-    num_test_clips: int
+    num_test_clips: int | None
     seed: int
 
 
@@ -75,8 +79,9 @@ def open_clip_sets(
 ) -> ClipSets:
     """Calibration clips, and test clips that calibration never sees.
 
-    Without `data` the test clips of a reference task are its test set; those of a folder are a
-    quarter of `calib`, held out by `seed`.
+    Without `data` the test clips of a reference task are its test set; those of a folder are held
+    out of `calib` by `seed`: a quarter of what is drawn, or as many as are asked for and left.
+    Which clips calibrate does not depend on how many test.
 
     Args:
         spec: of the clips; None for a model that takes named tensors.
@@ -84,19 +89,18 @@ def open_clip_sets(
     if spec is None:
         return _open_call_sets(request)
     calib, seed, data = request.calib, request.seed, request.data
+    test_limit = request.num_test_clips or NUM_TEST_CLIPS
     if data is None and calib.startswith(REFERENCE_PREFIX):
         data = calib
     if data is not None:
         calibration = open_clips(
             calib, spec, part="calibration", limit=request.num_clips, seed=seed, labels=labels
         )
-        test = open_clips(
-            data, spec, part="test", limit=request.num_test_clips, seed=seed, labels=labels
-        )
+        test = open_clips(data, spec, part="test", limit=test_limit, seed=seed, labels=labels)
         _refuse_overlap(calibration, test)
         skipped = (*calibration.skipped, *test.skipped)
         return ClipSets(calibration=calibration, test=test, test_source=data, skipped=skipped)
-    wanted = round(request.num_clips / (1 - _TEST_SHARE))
+    wanted = max(request.num_clips + 1, round(request.num_clips / (1 - _TEST_SHARE)))
     everything = open_clips(calib, spec, part="calibration", limit=wanted, seed=seed, labels=labels)
     if len(everything) < 2:
         message = (
@@ -105,12 +109,32 @@ def open_clip_sets(
         )
         raise InputError(message)
     test, calibration = everything.split(_TEST_SHARE, seed)
+    skipped = everything.skipped
+    if request.num_test_clips is not None:
+        test_limit = request.num_test_clips
+        if len(test) < test_limit and len(everything) == wanted:
+            # There may be more: drawn again, with those that were already taken left out.
+            more = open_clips(
+                calib, spec, part="test", limit=wanted + test_limit, seed=seed, labels=labels
+            )
+            test, skipped = _without(more, calibration), more.skipped
+        test = test.subset(range(min(test_limit, len(test))))
     return ClipSets(
-        calibration=replace(calibration, skipped=everything.skipped),
+        calibration=replace(calibration, skipped=skipped),
         test=test,
         test_source=f"{calib} (held out)",
-        skipped=everything.skipped,
+        skipped=skipped,
     )
+
+
+def _without(clips: Clips, taken: Clips) -> Clips:
+    """The clips that are not among `taken`, told by their names and by their frames."""
+    names, frames = set(taken.names), {sha256(clip).digest() for clip in taken.data}
+    return clips.subset([
+        index
+        for index, name in enumerate(clips.names)
+        if name not in names and sha256(clips.data[index]).digest() not in frames
+    ])  # fmt: skip
 
 
 def _open_call_sets(request: ClipRequest) -> ClipSets:
@@ -126,7 +150,7 @@ def _open_call_sets(request: ClipRequest) -> ClipSets:
         _refuse_other_calls(calibration, test, data)
     return ClipSets(
         calibration=calibration.spread(request.num_clips),
-        test=test.spread(request.num_test_clips),
+        test=test.spread(request.num_test_clips or NUM_TEST_CLIPS),
         test_source=source,
         skipped=(),
     )

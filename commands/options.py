@@ -241,10 +241,9 @@ proof_options = _with_options(
     ),
     click.option(
         "--num-test-clips",
-        default=NUM_TEST_CLIPS,
-        show_default=True,
         type=click.IntRange(1),
-        help="Test clips, at most.",
+        help="Test clips, at most. Default: a quarter of the clips that are drawn from --calib, or "
+        f"{NUM_TEST_CLIPS} of --data.",
     ),
     bar_options,
     speed_option,

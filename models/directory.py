@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -125,7 +127,8 @@ def _transformers() -> Any:
 def _loaded(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
     module: nn.Module
     try:
-        module, found = cls.from_pretrained(str(path), output_loading_info=True, **options)
+        with _without_bars(cls):
+            module, found = cls.from_pretrained(str(path), output_loading_info=True, **options)
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else ""
         message = f"{path}: {cls.__name__} cannot be loaded: {type(error).__name__}: {first}"
@@ -141,6 +144,19 @@ def _loaded(cls: Any, path: Path, options: dict[str, Any]) -> nn.Module:
         )
         raise InputError(message)
     return module.eval()
+
+
+@contextmanager
+def _without_bars(cls: type) -> Iterator[None]:
+    """Progress is ours to show: the library of `cls` draws no bar of its own."""
+    logging = import_module(f"{cls.__module__.partition('.')[0]}.utils.logging")
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def read_processor(path: Path) -> dict[str, Any]:

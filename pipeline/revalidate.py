@@ -26,6 +26,7 @@ from vcompress.pipeline.run import Progress, Silent
 from vcompress.pipeline.speedup import baseline_arm, measure_speedup
 from vcompress.spec.artifact import Artifact
 from vcompress.spec.clip import ClipSpec
+from vcompress.spec.defaults import NUM_TEST_CLIPS
 from vcompress.spec.errors import InputError
 from vcompress.validate.gate import Verdict, judge
 from vcompress.validate.metrics import Metrics, compare_outputs, relative_l2
@@ -198,8 +199,8 @@ def _test_clips(artifact: Artifact, data: str | None) -> tuple[Samples, str]:
             message = "--data takes labelled clips, and this model takes calls without labels"
             raise InputError(message)
         clips = open_clips(
-            data, spec, part="test", limit=recipe["num_test_clips"], seed=recipe["seed"],
-            labels=_labels(artifact),
+            data, spec, part="test", limit=recipe["num_test_clips"] or NUM_TEST_CLIPS,
+            seed=recipe["seed"], labels=_labels(artifact),
         )  # fmt: skip
         return clips, data
     sets = open_clip_sets(ClipRequest(**recipe), spec, _labels(artifact))

@@ -18,7 +18,6 @@ from vcompress.spec.defaults import (
     MAX_DROP_POINTS,
     MAX_LAYER_ERROR,
     NUM_CLIPS,
-    NUM_TEST_CLIPS,
 )
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan
@@ -83,7 +82,7 @@ class Options:
     data: str | None = None
     output: Path | None = None
     num_clips: int = NUM_CLIPS
-    num_test_clips: int = NUM_TEST_CLIPS
+    num_test_clips: int | None = None
     tokens: float | str | None = None
     algorithm: str = ALGORITHM
     attention: str = ATTENTION
