@@ -23,6 +23,7 @@ from vcompress.models.adapters.timesformer import TIMESFORMER
 from vcompress.models.adapters.transformers_video import VIDEOMAE, VIVIT
 from vcompress.models.adapters.videoprism import VIDEOPRISM
 from vcompress.models.adapters.vjepa2 import VJEPA2
+from vcompress.models.attention_linears import with_linear_attention
 from vcompress.models.call_file import holds_calls, read_calls
 from vcompress.models.calls import Call, as_computed
 from vcompress.models.denoisers import MODEL_INDEX, example_call, only_transformer
@@ -205,13 +206,14 @@ def _finish(
 
 def _examined(model: VideoModel) -> VideoModel:
     """`model` with its layers and blocks, found by running it once."""
-    module = model.module
+    module = with_linear_attention(model.module, model.example())
     layers = structure.find_layers(module, structure.run_once(module, model.example()))
     if not layers:
         where = model.source or model.name
         message = f"{where}: no linear or convolution ran, so there is nothing to quantize"
         raise InputError(message)
-    return replace(model, layers=layers, blocks=structure.find_blocks(module, layers))
+    blocks = structure.find_blocks(module, layers)
+    return replace(model, module=module, layers=layers, blocks=blocks)
 
 
 def wrap_denoiser(

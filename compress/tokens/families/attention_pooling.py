@@ -13,6 +13,7 @@ from torch import nn
 
 from vcompress.compress.tokens.attention import TokenState
 from vcompress.compress.tokens.families.base import Family
+from vcompress.models.attention_linears import LinearAttention
 from vcompress.models.video import VideoModel
 
 __all__ = ["SIGLIP"]
@@ -20,7 +21,7 @@ __all__ = ["SIGLIP"]
 
 @dataclass
 class _WeighKeys:
-    """In front of a `torch.nn.MultiheadAttention` over all tokens."""
+    """In front of a multi-head attention over all tokens."""
 
     state: TokenState
 
@@ -36,7 +37,7 @@ class _WeighKeys:
 
 def _prepare(model: VideoModel, state: TokenState) -> None:
     for module in model.module.modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention | LinearAttention):
             module.register_forward_pre_hook(_WeighKeys(state), with_kwargs=True)
 
 
