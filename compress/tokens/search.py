@@ -3,7 +3,9 @@
 What: a search over techniques, blocks, counts and the form of attention, each judged by the task's
 loss on calibration clips, in three steps.
 1. Shapes (`shapes.starting_shapes`), all with the plain technique, on few clips.
-2. The best shapes with every technique that the model takes, on few clips; the best on all clips.
+2. The best shapes with every technique that the model takes, and those from the first block on with
+   a technique that reads pixels there and the plain one behind it (what is flat or at rest goes
+   before the model looks; what is alike, after), on few clips; the best on all clips.
 3. The best three of these by small moves (another technique at one place, a place moved, added or
    left out, tokens shifted between places), each fitted back to the budget, as long as one helps.
 
@@ -14,9 +16,9 @@ of single places do not add up (one matching changes what the next finds), so wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 
@@ -137,24 +139,33 @@ class TokenSearch:
             share, screening,
         )  # fmt: skip
         kept = list(dict.fromkeys(found.candidate.sites for found in screened))
-        by_technique = self._ranked(
-            (
-                Candidate(sites, attention).with_technique(technique, attention)
-                for sites in kept[:_NUM_SHAPES_KEPT]
-                for technique in self._techniques
-                for attention in _ATTENTIONS
-            ),
-            share, screening,
-        )  # fmt: skip
-        best = by_technique[:_NUM_FINALISTS]
+        by_technique = (
+            Candidate(sites, attention).with_technique(technique, attention)
+            for sites in kept[:_NUM_SHAPES_KEPT]
+            for technique in self._techniques
+            for attention in _ATTENTIONS
+        )
+        ranked = self._ranked(chain(by_technique, self._behind_pixels(shapes)), share, screening)
+        best = ranked[:_NUM_FINALISTS]
         return self._ranked((found.candidate for found in best), share, None)
+
+    def _behind_pixels(self, shapes: Sequence[tuple[Site, ...]]) -> Iterator[Candidate]:
+        """Shapes of several places, the first one in front of all blocks and read off pixels."""
+        for sites in shapes:
+            if len(sites) < 2 or sites[0].block != 0:
+                continue
+            for technique in self._techniques:
+                if TECHNIQUES[technique].pixels is not None:
+                    first = replace(sites[0], technique=technique)
+                    for attention in _ATTENTIONS:
+                        yield Candidate((first, *sites[1:]), attention)
 
     def _best_of(self, candidates: Sequence[Candidate], share: float) -> Found | None:
         ranked = self._ranked(dict.fromkeys(candidates), share, None)
         return ranked[0] if ranked else None
 
     def _ranked(
-        self, candidates: Iterator[Candidate] | dict[Candidate, None], share: float,
+        self, candidates: Iterable[Candidate], share: float,
         num_batches: int | None,
     ) -> list[Found]:  # fmt: skip
         found = [self._tried(candidate, share, num_batches) for candidate in candidates]

@@ -19,6 +19,7 @@ from vcompress.spec.token_section import TokenSection, TokenSite
 __all__ = ["Candidate", "Fitter", "Site", "starting_shapes"]
 
 _BISECTIONS = 40
+_NUM_STAIRS = 3
 _LARGEST_EXPONENT = 64.0
 
 
@@ -45,7 +46,7 @@ class Candidate:
 
 
 def starting_shapes(num_blocks: int) -> Iterator[tuple[tuple[int, float], ...]]:
-    """Shapes worth a look, as (block, share of the patches left): steps, pairs of steps, ramps.
+    """Shapes worth a look, as (block, share of the patches left): steps, pairs, stairs, ramps.
 
     Single steps early save most with one matching; ramps lose least at once (Bolya et al., 2022);
     the first block may see fewer tokens too, which is what reduction on pixels amounts to.
@@ -58,6 +59,8 @@ def starting_shapes(num_blocks: int) -> Iterator[tuple[tuple[int, float], ...]]:
     for first in range(0, last, stride):
         for second in range(first + stride, num_blocks, 2 * stride):
             yield ((first, 0.7), (second, 0.35))
+    if num_blocks > _NUM_STAIRS:
+        yield tuple((step, 0.6 * 0.65**step) for step in range(_NUM_STAIRS))
     for first in sorted({0, 1, num_blocks // 3}):
         steps = num_blocks - first
         if steps > 1:
