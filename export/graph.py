@@ -8,6 +8,7 @@ weight would no longer be quantized, or would lose the name by which `readback` 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from vcompress.compress.frozen import FrozenLayer
 from vcompress.export.dialects.dialect import Dialect
 from vcompress.export.dialects.portable import PORTABLE
 from vcompress.export.dialects.tensorrt import TENSORRT
+from vcompress.export.replay import DECISION
 from vcompress.export.simplify import expand_boolean_where
 from vcompress.export.trace import FreeAxes, quiet, trace
 from vcompress.models.calls import Batch, Call
@@ -194,7 +196,25 @@ def translate_program(program: torch.export.ExportedProgram, dialect: Dialect) -
     common.InlinePass()(model)
     expand_boolean_where(model)
     dialect.finish(model)
+    _name_decisions(model)
     return model
+
+
+def _name_decisions(model: ir.Model) -> None:
+    """Give what passes through `decided` the names by which `replay` finds it, call by call.
+
+    The Identity itself will not outlive the optimizer.
+    """
+    passed = [
+        node
+        for node in model.graph
+        if node.op_type == "Identity" and re.fullmatch(r"decided(_\d+)?", str(node.outputs[0].name))
+    ]
+    for number, node in enumerate(passed):
+        (places,) = node.inputs
+        assert places is not None
+        node.outputs[0].name = f"{DECISION}{number}.passed"
+        places.name = f"{DECISION}{number}"
 
 
 def tidy_graph(model: ir.Model, program: torch.export.ExportedProgram) -> None:

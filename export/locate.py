@@ -25,7 +25,13 @@ from torch import nn
 from vcompress.compress.attention_sites import products_of
 from vcompress.compress.frozen import FrozenLayer
 from vcompress.export.patterns import PrecisionGraph
-from vcompress.export.replay import Count, forced_layers, forced_products
+from vcompress.export.replay import (
+    DECISIONS,
+    Count,
+    forced_decisions,
+    forced_layers,
+    forced_products,
+)
 from vcompress.export.runtime import run_with_internal_values
 from vcompress.export.ties import run_with_codes
 from vcompress.models.calls import Batch, Call, as_batch, named_arrays
@@ -105,14 +111,16 @@ def locate(module: nn.Module, path: Path, x: Batch | NDArray[Any]) -> Location:
         if isinstance(layer, FrozenLayer) and FORMATS[layer.format].input_bits
     }
     attentions = products_of(module)
-    output, codes, operands = run_with_codes(path, batch, rounded, bool(attentions))
+    run = run_with_codes(path, batch, rounded, bool(attentions))
     values = _values(path, batch, carriers)
-    counts = {name: Count() for name in (*codes, *attentions)}
+    counts = {name: Count() for name in (*run.codes, *attentions)}
+    decisions = Count()
     floats = {each.layer: values[each.other] for each in carriers if each.layer not in rounded}
     entered: dict[str, list[torch.Tensor]] = {name: [] for name in floats}
     with (
-        forced_layers({name: rounded[name] for name in codes}, codes, counts),
-        forced_products(attentions, operands, counts),
+        forced_layers({name: rounded[name] for name in run.codes}, run.codes, counts),
+        forced_products(attentions, run.operands, counts),
+        forced_decisions(run.decisions, decisions),
         _forced_floats({name: layers[name] for name in floats}, floats, entered),
         torch.inference_mode(),
     ):
@@ -139,7 +147,10 @@ def locate(module: nn.Module, path: Path, x: Batch | NDArray[Any]) -> Location:
         for name in layers
         if name not in first_calls
     ]
-    difference = _relative(torch.from_numpy(output), torch.from_numpy(ours))
+    if decisions.unexplained:
+        detail = f"{decisions.unexplained} of {decisions.values} choices of tokens are not its own"
+        found.append(Departure(layer=DECISIONS, what="input", detail=detail))
+    difference = _relative(torch.from_numpy(run.output), torch.from_numpy(ours))
     if difference > _TOLERANCE and not found:
         detail = f"all layers agree, and the output differs by {difference:.1e}"
         found.append(Departure(layer=_END, what="output", detail=detail))

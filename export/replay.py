@@ -1,8 +1,8 @@
 """Run torch with the values that an ONNX file rounded to.
 
-Where both sides are given the same codes, what is left of a difference belongs to one stretch of
-floating-point arithmetic, and each code that torch would have chosen otherwise can be looked at:
-it lies on a tie between two codes, or something is wrong.
+Where both sides are given the same codes, and tokens are merged alike, what is left of a difference
+belongs to one stretch of floating-point arithmetic, and each code or choice that torch would have
+made otherwise can be looked at: it lies on a tie, or something is wrong.
 Source: ours; the idea of feeding back the other side's choices is teacher forcing (Williams and
 Zipser, 1989).
 """
@@ -12,13 +12,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vcompress.compress.attention_products import FIRST_OPERAND, AttentionProducts
 from vcompress.compress.frozen import FrozenLayer
 
-__all__ = ["Count", "Operands", "compare_codes", "forced_layers", "forced_products"]
+__all__ = [
+    "DECISION", "DECISIONS", "Count", "Operands", "compare_codes", "compare_decisions",
+    "forced_decisions", "forced_layers", "forced_products",
+]  # fmt: skip
+
+# And a number: the name, in a file, of what one call of `decided` passed on.
+DECISION = "decision_"
+# As what stands beside the names of layers.
+DECISIONS = "token reduction"
 
 # What the two products of one attention compute with, by operand.
 Operands = Mapping[str, torch.Tensor]
@@ -101,6 +111,50 @@ def forced_products(
     finally:
         for products in attentions.values():
             products.__dict__.pop("rounded", None)
+
+
+@contextlib.contextmanager
+def forced_decisions(decisions: Mapping[int, torch.Tensor], count: Count) -> Iterator[None]:
+    """Let tokens be reduced as `decisions` say, by the number of the call of `decided`."""
+    with _Decisions(decisions, count):
+        yield
+
+
+class _Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, decisions: Mapping[int, torch.Tensor], count: Count) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._decisions, self._count, self._number = decisions, count, 0
+
+    def __torch_dispatch__(
+        self, function: Any, _types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        if function is not torch.ops.vcompress.decided.default:
+            return function(*arguments, **(keywords or {}))
+        own, scores = arguments
+        # What nothing depends on is not in the file.
+        theirs = self._decisions.get(self._number, own)
+        self._number += 1
+        compare_decisions(own, theirs, scores, self._count)
+        return theirs.clone()
+
+
+def compare_decisions(
+    own: torch.Tensor, theirs: torch.Tensor, scores: torch.Tensor, count: Count
+) -> None:
+    """Add to `count` where `theirs` are other choices by `scores` than `own`.
+
+    Args:
+        own, theirs: places `[..., K]`.
+        scores: `[..., N]`; choices that it tells apart by less than a rounding error are ties.
+    """
+    count.values += own.numel()
+    differing = own != theirs
+    if not differing.any():
+        return
+    count.differing += int(differing.sum())
+    worth = scores.gather(-1, own) - scores.gather(-1, theirs)
+    tied = worth.abs() <= _NUDGE * scores.abs().amax()
+    count.unexplained += int((differing & ~tied).sum())
 
 
 def compare_codes(

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from vcompress.compress.tokens.decisions import decided
+
 __all__ = ["LARGEST_TOPK", "ascending", "ascending_order", "descending"]
 
 LARGEST_TOPK = 3840
@@ -24,6 +26,11 @@ def descending(scores: torch.Tensor) -> torch.Tensor:
 
     Which of equals comes first is open up to 3,840 entries; beyond, the one that stands first.
     """
+    ordered: torch.Tensor = decided(_descending(scores), scores)
+    return ordered
+
+
+def _descending(scores: torch.Tensor) -> torch.Tensor:
     count = scores.shape[-1]
     if count <= LARGEST_TOPK:
         return scores.topk(count, dim=-1).indices
@@ -45,7 +52,7 @@ def ascending(places: torch.Tensor) -> torch.Tensor:
 
 def ascending_order(numbers: torch.Tensor) -> torch.Tensor:
     """Places of integers `[..., N]` below 2^24 from the smallest to the largest; int64."""
-    return descending(-numbers.float())
+    return _descending(-numbers.float())
 
 
 def _ranks(scores: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from onnxscript import opset20
 
 from vcompress.compress.numerics import fp8, int8
 from vcompress.compress.numerics.operands import LARGEST_VALUE, SMALLEST_SCALE
+from vcompress.compress.tokens import decisions  # noqa: F401 - registers its operator
 from vcompress.export.dialects.dialect import Translation
 
 __all__ = [
@@ -164,6 +165,11 @@ def _masked(scores: Any, mask: Any, example: Any) -> Any:
     return op.Where(mask, scores, like(constant(-math.inf), example))
 
 
+def _decided(places: Any, scores: Any) -> Any:
+    del scores
+    return op.Identity(places)
+
+
 TRANSLATIONS: dict[Callable[..., Any], Translation] = {
     torch.ops.vcompress.int8_quantize_dequantize.default: _int8_quantize_dequantize,
     torch.ops.vcompress.int8_quantize_dequantize_per_token.default: (
@@ -175,6 +181,7 @@ TRANSLATIONS: dict[Callable[..., Any], Translation] = {
         _fp8_quantize_dequantize_per_token
     ),
     torch.ops.vcompress.fp8_dequantize.default: _fp8_dequantize,
+    torch.ops.vcompress.decided.default: _decided,
     torch.ops.aten.conv1d.default: _convolution,
     torch.ops.aten.conv2d.default: _convolution,
     torch.ops.aten.conv3d.default: _convolution,

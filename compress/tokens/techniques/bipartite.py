@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from vcompress.compress.tokens.decisions import decided
 from vcompress.compress.tokens.ranking import descending
 from vcompress.compress.tokens.reduction import Reduction, take
 
@@ -86,4 +87,5 @@ def _place_of(largest: torch.Tensor, likeness: torch.Tensor) -> torch.Tensor:
     places = torch.arange(count, device=likeness.device, dtype=torch.float32)
     # NaN equals nothing; its place is the last, so that no index is ever outside.
     found = torch.where(likeness >= largest[..., None], places, count - 1)
-    return found.amin(dim=-1).long()
+    chosen: torch.Tensor = decided(found.amin(dim=-1, keepdim=True).long(), likeness)
+    return chosen[..., 0]

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from vcompress.compress.tokens.decisions import most_alike_of
 from vcompress.compress.tokens.ranking import ascending, descending
 from vcompress.compress.tokens.reduction import Reduction, take
 
@@ -60,5 +61,5 @@ def reduce(detail: torch.Tensor, keys: torch.Tensor, keep: int) -> Reduction:
     likeness = take(unit, source) @ take(unit, receivers).transpose(1, 2)
     return Reduction(
         kept=torch.cat([detailed, receivers], dim=1), source=source,
-        target=likeness.argmax(dim=-1), num_receivers=receiving,
+        target=most_alike_of(likeness), num_receivers=receiving,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from vcompress.compress.tokens.decisions import most_alike_of
 from vcompress.compress.tokens.ranking import descending
 from vcompress.compress.tokens.reduction import Reduction, take
 
@@ -51,6 +52,6 @@ def match(keys: torch.Tensor, merges: int, margin: float | None = None) -> Reduc
     return Reduction(
         kept=torch.cat([protected, b_index], dim=1),
         source=a_index,
-        target=(a @ b.transpose(1, 2)).argmax(dim=-1),
+        target=most_alike_of(a @ b.transpose(1, 2)),
         num_receivers=merges,
     )

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from vcompress.compress.tokens.decisions import most_alike_of
 from vcompress.compress.tokens.ranking import ascending, descending
 from vcompress.compress.tokens.reduction import Reduction, take
 
@@ -109,9 +110,9 @@ def match(keys: torch.Tensor, num_frames: int, merges: int) -> WholeFrames:
     # [B, L, |A|, |B|]
     likeness = unit[:, ::2].transpose(1, 2) @ unit[:, 1::2].permute(0, 2, 3, 1)
     likeness = likeness - _NEARNESS * (even[:, None] - odd[None, :]).abs()
-    ballots = likeness.argmax(dim=-1)[..., None] == torch.arange(len(odd), device=keys.device)
+    ballots = most_alike_of(likeness)[..., None] == torch.arange(len(odd), device=keys.device)
     mean = likeness.mean(dim=1)
-    partner = (ballots.float().sum(dim=1) + _LESS_THAN_A_VOTE * mean).argmax(dim=-1)
+    partner = most_alike_of(ballots.float().sum(dim=1) + _LESS_THAN_A_VOTE * mean)
     order = descending(mean.gather(2, partner[..., None])[..., 0])
     source, stays = order[:, :merges], order[:, merges:]
     both = torch.cat([2 * stays, odd.expand(keys.shape[0], -1)], dim=1)

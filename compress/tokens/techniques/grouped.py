@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from vcompress.compress.tokens.decisions import most_alike_of
 from vcompress.compress.tokens.ranking import descending
 from vcompress.compress.tokens.reduction import Reduction, take
 from vcompress.compress.tokens.view import AttentionInputs
@@ -59,6 +60,6 @@ def reduce(scores: torch.Tensor, keys: torch.Tensor, num_frames: int, keep: int)
     unit = functional.normalize(keys.float(), dim=-1)
     likeness = take(unit, rest) @ take(unit, kept).transpose(1, 2)
     return Reduction(
-        kept=kept, source=rest, target=likeness.argmax(dim=-1), num_receivers=keep,
+        kept=kept, source=rest, target=most_alike_of(likeness), num_receivers=keep,
         value_share=0.0, size_share=0.0,
     )  # fmt: skip
