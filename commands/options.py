@@ -115,7 +115,7 @@ model_options = _with_options(
     click.option("--std", type=NUMBERS, help="The same for the divisor: 0.229,0.224,0.225."),
     click.option(
         "--task",
-        type=click.Choice(["classify", "embed", "restore", "generic"]),
+        type=click.Choice(["classify", "embed", "detect", "restore", "generic"]),
         help="What the output means, where the model does not say.",
     ),
 )

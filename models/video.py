@@ -28,7 +28,7 @@ __all__ = [
     "weights_digest",
 ]
 
-Task = Literal["classify", "embed", "denoise", "restore", "generic"]
+Task = Literal["classify", "embed", "detect", "denoise", "restore", "generic"]
 Pooling = Literal["mean", "class_token", "attention"]
 Arrangement = Literal["joint", "frames", "tubes", "divided"]
 

@@ -21,7 +21,7 @@ import vcompress
 from vcompress.compress.cache import CacheReport
 from vcompress.pipeline.cache_search import Trial
 from vcompress.spec.errors import MissingCapabilityError
-from vcompress.validate.frames import Frames
+from vcompress.validate.frames import Frames, flicker_percent, motion_error_px
 from vcompress.validate.html import render_page
 from vcompress.validate.latency import describe_device
 
@@ -121,6 +121,19 @@ def _tiles(found: CacheFound, trial: Trial) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
+def _over_time(found: CacheFound) -> dict[str, str]:
+    """What PSNR and SSIM, which look at one frame at a time, do not see; means over the clips."""
+    assert found.held_out is not None
+    pairs = list(zip(found.full, found.held_out.clips, strict=True))
+    motion = [motion_error_px(*pair) for pair in pairs]
+    known = [each for each in motion if each is not None]
+    return {
+        "flicker": f"{np.mean([flicker_percent(*pair) for pair in pairs]):.2f} % of the range",
+        "motion error": f"{np.mean(known):.3f} px a frame" if known
+        else "not known: nothing moves, or scikit-image is not installed",
+    }  # fmt: skip
+
+
 def _facts(found: CacheFound) -> list[dict[str, Any]]:
     assert found.section is not None
     settings = found.section.as_dict()
@@ -131,6 +144,7 @@ def _facts(found: CacheFound) -> list[dict[str, Any]]:
     }
     device = describe_device(torch.get_num_threads())
     groups = {
+        "Frames": _over_time(found),
         "Settings": shown,
         "Machine": {
             "cpu": device["cpu"], "threads": device["num_threads"],

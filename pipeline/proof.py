@@ -29,6 +29,7 @@ from vcompress.pipeline.equivalence import (
     run_torch,
 )
 from vcompress.pipeline.performance import modes_of, peak_memory
+from vcompress.spec.clip import ClipSpec
 from vcompress.spec.formats import FLOAT
 from vcompress.spec.plan import CompressionPlan
 from vcompress.validate.latency import LatencyStatistics, measure_interleaved
@@ -110,10 +111,11 @@ def prove(
     )
     timed, reason = _performance(forms, plan, probes[0][:1])
     labels = None if test.labels is None else np.array(test.labels)
-    task = forms.baseline.task
+    task, inputs = forms.baseline.task, forms.baseline.inputs
+    layout = inputs.layout if isinstance(inputs, ClipSpec) else None
 
     def metrics(reference: Array, candidate: Array) -> Metrics:
-        return compare_outputs(reference, candidate, labels=labels, task=task)
+        return compare_outputs(reference, candidate, labels=labels, task=task, layout=layout)
 
     stages = (
         build_stage(

@@ -19,6 +19,15 @@ from vcompress.validate.wording import (
 __all__ = ["closing_notes", "closing_table", "find_stage", "latency_baseline", "ties_note"]
 
 Row = tuple[str, str, str, str]
+# (key of the metrics, label with unit, decimals)
+_TASK_ROWS = (
+    ("calibration_error_percent", "calibration error (pt)", 2),
+    ("average_precision_percent", "average precision (%)", 2),
+    ("psnr_db", "PSNR to baseline (dB)", 2),
+    ("ssim", "SSIM to baseline", 4),
+    ("flicker_percent", "flicker (% of range)", 3),
+    ("motion_error_px", "motion error (px)", 3),
+)
 
 
 def find_stage(report: Report, name: str) -> Stage:
@@ -104,10 +113,19 @@ def _quality_rows(report: Report) -> list[Row]:
         agreement = fixed(metrics["agreement_percent"], 2)
         rows.append((f"agreement (%, {clips})", "100.00", agreement, gate))
         gate = ""
+    rows += [
+        (label, _number(metrics, f"baseline_{key}", digits), _number(metrics, key, digits), "")
+        for key, label, digits in _TASK_ROWS
+        if metrics.get(key) is not None
+    ]
     worst = f"cosine, worst {sample_word(report['model']['task'])}"
     rows.append((worst, "1.0000", fixed(metrics["cosine_min"], 4), gate))
     rows.append(("SQNR of outputs", "", sqnr(metrics), ""))
     return rows
+
+
+def _number(metrics: dict[str, Any], key: str, digits: int) -> str:
+    return fixed(metrics[key], digits) if metrics.get(key) is not None else ""
 
 
 def _gate_remark(report: Report) -> str:

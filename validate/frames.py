@@ -1,4 +1,4 @@
-"""How far a generated clip is from the one that the full model generates from the same noise.
+"""How far a clip is from the one that the full model makes of the same noise or the same input.
 
 Shapes: T frames, H W pixels, C channels; values from 0 to 1.
 """
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vcompress.spec.errors import InputError
 
-__all__ = ["Frames", "psnr_db", "ssim"]
+__all__ = ["Frames", "flicker_percent", "motion_error_px", "psnr_db", "ssim"]
 
 Frames = NDArray[np.float32]
 
@@ -20,6 +20,7 @@ Frames = NDArray[np.float32]
 _MOST_DB = 100.0
 _WINDOW_SIGMA = 1.5
 _WINDOW_RADIUS = 5
+_LEAST_MOTION_PX = 0.1
 _C1, _C2 = 0.01**2, 0.03**2
 
 
@@ -49,6 +50,40 @@ def ssim(reference: Frames, candidate: Frames) -> float:
     top = (2 * mean_a * mean_b + _C1) * (2 * covariance + _C2)
     bottom = (mean_a**2 + mean_b**2 + _C1) * (variance_a + variance_b + _C2)
     return float(np.mean(top / bottom))
+
+
+def flicker_percent(reference: Frames, candidate: Frames) -> float:
+    """What changes from frame to frame and should not, or the other way round.
+
+    The root mean square of the difference between the two clips' changes from each frame to the
+    next, in percent of the range; an error that stands still counts for nothing. `[T, H, W, C]`;
+    0 for a single frame.
+    """
+    _check(reference, candidate)
+    error = np.diff(candidate.astype(np.float64) - reference, axis=0)
+    return 100 * math.sqrt(float(np.mean(error**2))) if error.size else 0.0
+
+
+def motion_error_px(reference: Frames, candidate: Frames) -> float | None:
+    """How far motion departs, in pixels a frame: the end-point error of the optical flow.
+
+    The mean over the pixels that move in the reference, by iterative Lucas-Kanade (Le Besnerais and
+    Champagnat, 2005) as scikit-image has it. None where nothing moves by a tenth of a pixel, or
+    without scikit-image.
+    """
+    _check(reference, candidate)
+    try:
+        from skimage.registration import optical_flow_ilk
+    except ImportError:
+        return None
+    grey = [clip.astype(np.float32).mean(axis=-1) for clip in (reference, candidate)]
+    errors: list[NDArray[np.float64]] = []
+    for now in range(len(reference) - 1):
+        flows = [optical_flow_ilk(clip[now], clip[now + 1]) for clip in grey]
+        moves = np.hypot(*flows[0]) > _LEAST_MOTION_PX
+        errors.append(np.hypot(*(flows[1] - flows[0]))[moves])
+    found = np.concatenate(errors) if errors else np.empty(0)
+    return float(found.mean()) if found.size else None
 
 
 def _blur(size: int) -> NDArray[np.float64]:

@@ -15,13 +15,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from vcompress.spec.errors import InputError, QualityGateError
 from vcompress.validate.paired import paired_drop
+from vcompress.validate.task_metrics import (
+    detection_metrics,
+    expected_calibration_error,
+    video_metrics,
+)
 
 __all__ = [
     "Metrics", "Task", "agreement_percent", "compare_outputs", "cosine_per_clip",
     "kl_nats_per_clip", "relative_l2", "relative_l2_per_clip", "sqnr_db", "top_k_percent",
 ]  # fmt: skip
 
-Task = Literal["classify", "embed", "denoise", "restore", "generic"]
+Task = Literal["classify", "embed", "detect", "denoise", "restore", "generic"]
 Metrics = dict[str, float | int | None]
 FloatArray = NDArray[np.float64]
 
@@ -197,21 +202,25 @@ def _finite_or_none(value: float) -> float | None:
 
 
 def compare_outputs(
-    baseline: ArrayLike, candidate: ArrayLike, *, labels: ArrayLike | None, task: str
-) -> Metrics:
+    baseline: ArrayLike, candidate: ArrayLike, *, labels: ArrayLike | None, task: str,
+    layout: str | None = None,
+) -> Metrics:  # fmt: skip
     """All metrics of `candidate` against `baseline` on the same clips, with units in the keys.
 
     The keys depend on the task only; what cannot be known is None. Every task has `num_clips`,
     `identical` (then `sqnr_db`, being infinite, is None), `cosine_mean`, `cosine_min`,
     `cosine_min_clip` (its index), `sqnr_db`, `relative_l2` (over all clips) and
     `relative_l2_max` (worst clip). Task "classify" adds agreement, KL divergence and, with labels,
-    top-1, top-5 (from five classes on), flips and the paired drop with its one-sided 95 % bounds.
+    top-1, top-5 (from five classes on), calibration errors, flips and the paired drop with its
+    one-sided 95 % bounds; "detect" adds `task_metrics.detection_metrics`, "restore"
+    `task_metrics.video_metrics`.
 
     Args:
         baseline: outputs of the uncompressed model, `[N, ...]`; `[N, C]` for "classify".
         candidate: outputs of the compressed model for the same clips.
         labels: class of each clip, `[N]`, or None; read for "classify" only.
-        task: "classify", "embed", "denoise", "restore" or "generic".
+        task: "classify", "embed", "detect", "denoise", "restore" or "generic".
+        layout: axes of a batch of frames, such as "NCTHW"; read for "restore" only.
 
     Raises:
         InputError: shapes, labels or the task do not fit, or the baseline is not finite.
@@ -235,6 +244,10 @@ def compare_outputs(
     if task == "classify":
         metrics |= _class_metrics(b, c)
         metrics |= _label_metrics(b, c, labels)
+    elif task == "detect":
+        metrics |= detection_metrics(b, c)
+    elif task == "restore" and layout is not None:
+        metrics |= video_metrics(b, c, layout)
     return metrics
 
 
@@ -251,6 +264,7 @@ def _class_metrics(b: NDArray[Any], c: NDArray[Any]) -> Metrics:
 def _label_metrics(b: NDArray[Any], c: NDArray[Any], labels: ArrayLike | None) -> Metrics:
     keys = (
         "baseline_top1_percent", "top1_percent", "baseline_top5_percent", "top5_percent",
+        "baseline_calibration_error_percent", "calibration_error_percent",
         "num_right_to_wrong", "num_wrong_to_right", "top1_drop_points",
         "top1_drop_points_lower", "top1_drop_points_upper",
     )  # fmt: skip
@@ -263,6 +277,8 @@ def _label_metrics(b: NDArray[Any], c: NDArray[Any], labels: ArrayLike | None) -
         metrics[f"{who}top1_percent"] = 100 * float(np.mean(rank < 1))
         if b.shape[1] >= 5:
             metrics[f"{who}top5_percent"] = 100 * float(np.mean(rank < 5))
+        outputs = b if who else c
+        metrics[f"{who}calibration_error_percent"] = expected_calibration_error(outputs, truth)
     was_right, is_right = ranks["baseline_"] < 1, ranks[""] < 1
     drop = paired_drop(
         num_clips=len(b),
