@@ -108,14 +108,25 @@ def profile(
     model: str, batch_size: int, calib: str | None, layers: int, output: Path | None,
     as_json: bool, quiet: bool, **values: Any,
 ) -> None:  # fmt: skip
-    """Where the time of MODEL goes, and what each technique could save at most."""
+    """Where the time of MODEL goes, and what each technique could save at most.
+
+    Of an artifact: where it went, beside that of the model that it was made from.
+    """
     from dataclasses import replace
 
     from vcompress.pipeline.profile import profile_model
+    from vcompress.pipeline.profile_artifact import profile_artifact
+    from vcompress.spec.artifact import MANIFEST
     from vcompress.terminal.console import Console
-    from vcompress.terminal.profile import print_profile
+    from vcompress.terminal.profile import print_profile, print_profile_pair
 
     load = load_options(values)
+    if (Path(model) / MANIFEST).is_file():
+        console = Console(as_json=as_json, quiet=quiet)
+        pair = profile_artifact(Path(model), batch_size=batch_size, progress=console)
+        _write(output, pair.as_dict())
+        print_profile_pair(pair, as_json=as_json)
+        return
     if calib is not None:
         load = replace(load, calls=Path(calib))
     console = Console(as_json=as_json, quiet=quiet)

@@ -7,6 +7,7 @@ session, and the operators of the graph that it optimized for itself.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -179,6 +180,22 @@ class Session:
             message = f"ONNX Runtime failed to run {self._path.name}: {_reason(error)}"
             raise BuildError(message) from error
         return dict(zip(self.output_names, outputs, strict=True))
+
+    def profile(self, inputs: Mapping[str, Array], *, calls: int) -> list[dict[str, Any]]:
+        """The events that ONNX Runtime's profiler records over `calls` calls, after one to warm up.
+
+        A session of its own is opened for it; the times of the warm-up are among the events.
+        """
+        library = _library()
+        with tempfile.TemporaryDirectory(prefix="vcompress-") as folder:
+            options = _options(library, self._threads)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            native = _create(library, self._path, options, self.providers)
+            for _ in range(1 + calls):
+                native.run(None, dict(inputs))
+            events = json.loads(Path(native.end_profiling()).read_text(encoding="utf-8"))
+        return list(events)
 
     def kernels(self) -> dict[str, int]:
         """How often each operator stands in the graph that ONNX Runtime really executes.

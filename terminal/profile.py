@@ -6,9 +6,10 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vcompress.pipeline.profile_artifact import ProfilePair
     from vcompress.validate.profile import Profile
 
-__all__ = ["print_profile"]
+__all__ = ["print_profile", "print_profile_pair"]
 
 _NAME = 44
 
@@ -46,3 +47,24 @@ def print_profile(found: Profile, *, num_layers: int, as_json: bool) -> None:
         print(
             f"{each.technique:<36}{each.share:>8.1%}{each.speedup:>7.2f}x{limit:>8}  {each.assumed}"
         )
+
+
+def print_profile_pair(found: ProfilePair, *, as_json: bool) -> None:
+    """Classes before and after, and what each gained."""
+    if as_json:
+        print(json.dumps(found.as_dict(), allow_nan=False))
+        return
+    totals = sum(found.before.values()), sum(found.after.values())
+    print(
+        f"{found.artifact}: {1e3 * totals[1]:.2f} ms a call of {found.batch_size}, "
+        f"{1e3 * totals[0]:.2f} ms before ({found.speed_ratio:.2f}x), {found.threads} threads, "
+        f"{found.runtime}, {found.device['cpu']}\n"
+    )
+    print(f"  {'':<20}{'before ms':>11}{'share':>8}{'after ms':>11}{'share':>8}{'saved ms':>11}")
+    for name, before in found.before.items():
+        after = found.after[name]
+        if before or after:
+            print(
+                f"  {name:<20}{1e3 * before:>11.2f}{before / totals[0]:>8.1%}{1e3 * after:>11.2f}"
+                f"{after / totals[1]:>8.1%}{1e3 * (before - after):>11.2f}"
+            )

@@ -270,6 +270,19 @@ def test_inspect_shows_every_layer_and_its_reason(
     assert "int8" in capsys.readouterr().out
 
 
+def test_the_profile_of_an_artifact_stands_beside_that_of_its_model(
+    monkeypatch: pytest.MonkeyPatch, artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "profile", artifact, "--json", "-q")[0] == 0
+    found = json.loads(capsys.readouterr().out)
+    before, after = found["before"], found["after"]
+    assert before["rounding"] == 0.0 < after["rounding"]
+    assert min(before["linear"], after["linear"], before["attention"], after["attention"]) > 0
+    assert found["speed_ratio"] == pytest.approx(sum(before.values()) / sum(after.values()))
+    assert run(monkeypatch, "profile", artifact, "-q")[0] == 0
+    assert "saved ms" in capsys.readouterr().out
+
+
 def test_an_unknown_target_of_a_plan_is_an_error(
     monkeypatch: pytest.MonkeyPatch, artifact: Path, tmp_path: Path
 ) -> None:
