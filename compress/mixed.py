@@ -111,12 +111,23 @@ def find_formats(model: VideoModel, context: PlanContext) -> MixedFormats:
             "num_comparison_clips": len(comparison.clips),
             "num_probes": sensitivities.num_probes,
             **(
-                {}
+                {
+                    "bits": round(found.bits / max(1, search.num_weights), 4),
+                    "trade_off": _trade_off(search),
+                }
                 if context.latency is None or times is None
                 else _time_evidence(context.latency, times, model, found)
             ),
         },
     )
+
+
+def _trade_off(search: PrecisionSearch) -> list[list[float]]:
+    """Bits a weight and predicted loss of the choices that no other one beats in both."""
+    return [
+        [round(cost / max(1, search.num_weights), 4), float(f"{loss:.4g}")]
+        for cost, loss in search.trade_off()
+    ]
 
 
 def _without_slower(

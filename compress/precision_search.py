@@ -38,6 +38,7 @@ _ADDS_UP = 3.0
 # Correlations between layers are estimated from a few dozen samples; half of what is seen is
 # believed, so that the search does not feed on their noise.
 _BELIEF = 0.5
+_NUM_MULTIPLIERS = 97
 
 
 class PrecisionSearch:
@@ -114,6 +115,29 @@ class PrecisionSearch:
     def fewest_bits(self) -> float:
         """Bits of all groups, each with its smallest option; no budget can be below it."""
         return sum(min(option.cost for option in group.options) for group in self.groups)
+
+    def trade_off(self) -> list[tuple[float, float]]:
+        """What fewer bits cost: (cost, predicted loss) from the cheapest choice to the dearest.
+
+        Choices on the lower hull of all, by the multiplier that weighs cost against loss
+        (Everett, 1963); losses as if they added up.
+        """
+        costs = [np.array([option.cost for option in group.options]) for group in self.groups]
+        losses = [np.array([option.loss for option in group.options]) for group in self.groups]
+        found = set()
+        for multiplier in (0.0, *np.logspace(-12, 12, _NUM_MULTIPLIERS), math.inf):
+            picked = [
+                # Of equals the cheaper one.
+                int(np.lexsort((cost, loss + multiplier * cost / self.num_weights))[0])
+                if math.isfinite(multiplier)
+                else int(np.lexsort((loss, cost))[0])
+                for cost, loss in zip(costs, losses, strict=True)
+            ]
+            found.add((
+                float(sum(cost[index] for cost, index in zip(costs, picked, strict=True))),
+                float(sum(loss[index] for loss, index in zip(losses, picked, strict=True))),
+            ))  # fmt: skip
+        return sorted(found)
 
     def _interaction(self) -> npt.NDArray[np.float64]:
         moves = []

@@ -26,7 +26,7 @@ from vcompress.spec.plan import CompressionPlan
 from vcompress.spec.token_section import TokenSection
 from vcompress.validate import latency, report
 from vcompress.validate.gate import Verdict
-from vcompress.validate.report_types import Engine, Layer, Report, Tokens
+from vcompress.validate.report_types import Engine, Layer, Report, Search, Tokens
 
 __all__ = ["Run", "file_role", "manifest_of", "report_of"]
 
@@ -124,6 +124,18 @@ def _token_rows(model: VideoModel, section: TokenSection) -> Tokens:
     }
 
 
+def _search(plan: CompressionPlan) -> Search | None:
+    """What the plan says of its search; None without one, or of an earlier version."""
+    found = plan.evidence.get("search")
+    if not isinstance(found, dict) or "trade_off" not in found:
+        return None
+    return {
+        "loss": str(found["loss"]), "points": found["trade_off"],
+        "bits": found["bits"], "predicted_loss": found["predicted_loss_if_additive"],
+        "calibration_loss": found["calibration_loss"],
+    }  # fmt: skip
+
+
 def report_of(run: Run, folder: Path) -> Report:
     """The report of `run`, whose files lie in `folder`."""
     model, planned, plan, clips = run.model, run.planned, run.plan, run.clips
@@ -160,6 +172,7 @@ def report_of(run: Run, folder: Path) -> Report:
         },
         layers=_layer_rows(model, planned, plan),
         tokens=None if plan.tokens is None else _token_rows(model, plan.tokens),
+        search=_search(plan),
         engines=run.engines,
         clips={
             "test": {

@@ -11,6 +11,7 @@ from typing import Any
 
 from vcompress.validate.closing import find_stage, ties_note
 from vcompress.validate.html_layers import layer_view
+from vcompress.validate.html_search import search_view
 from vcompress.validate.html_summary import minus, speed_text, ticks, tiles_view, verdict_view
 from vcompress.validate.report_types import Engine, Report, Stage
 from vcompress.validate.wording import (
@@ -41,6 +42,7 @@ def make_view(report: Report) -> dict[str, Any]:
         "ties": _ties(report),
         "latency": _latency(report),
         "layers": layer_view(report),
+        "search": search_view(report),
         "files": _files(report),
         "tokens": _tokens(report),
         "engines": [_engine(engine) for engine in report["engines"]],

@@ -27,6 +27,7 @@ from vcompress.validate.report_types import (
     Model,
     Precision,
     Report,
+    Search,
     Sizes,
     Stage,
     Tokens,
@@ -103,6 +104,7 @@ def build_report(
     device: Mapping[str, Any],
     versions: Mapping[str, str],
     tokens: Tokens | None = None,
+    search: Search | None = None,
     engines: Sequence[Engine] = (),
     warnings: Sequence[str] = (),
 ) -> Report:
@@ -125,6 +127,7 @@ def build_report(
         device: see `latency.describe_device`.
         versions: of the libraries that took part.
         tokens: token merging, if any.
+        search: for formats under a budget, if there was one.
         engines: the builds that were tried, or why they were not.
         warnings: what the user should know.
 
@@ -135,13 +138,15 @@ def build_report(
         InputError: a stage is named twice, the result is no stage, or a number is missing
             without a reason.
     """
-    report = {
+    report: dict[str, Any] = {
         "schema": SCHEMA, "vcompress": vcompress, "created": created, "command": command,
         "seed": seed, "target": target, "model": model, "verdict": verdict.as_dict(),
         "result_stage": result_stage, "stages": stages, "sizes": sizes, "precision": precision,
         "layers": layers, "tokens": tokens, "engines": engines, "clips": clips,
         "device": device, "versions": versions, "warnings": warnings,
     }  # fmt: skip
+    if search is not None:
+        report["search"] = search
     plain = cast("Report", _plain(report))
     _check_stages(plain, "report")
     return plain
@@ -163,7 +168,9 @@ def from_json(text: str, where: str = "report.json") -> Report:
         got = data.get("schema") if isinstance(data, dict) else None
         message = f"{where}: schema must be {SCHEMA}, got {got!r}"
         raise InputError(message)
-    strict_json.check_keys(data, required=tuple(Report.__annotations__), where=where)
+    strict_json.check_keys(
+        data, required=Report.__required_keys__, optional=Report.__optional_keys__, where=where
+    )
     strict_json.check_keys(
         data["verdict"],
         required=[key for key in Verdict.__dataclass_fields__ if key not in _LATER_IN_VERDICT],

@@ -112,6 +112,20 @@ class Layer(TypedDict):
     block: NotRequired[str | None]
 
 
+class Search(TypedDict):
+    """The search for formats under a budget.
+
+    `points` are (effective bits, predicted loss) of the choices that no other beats in both;
+    `bits` and `predicted_loss` are of the one that was taken, `calibration_loss` what it measured.
+    """
+
+    loss: str
+    points: list[list[float]]
+    bits: float
+    predicted_loss: float
+    calibration_loss: float | None
+
+
 class TokenBlock(TypedDict):
     """Patch tokens that a block sees; the technique if they were reduced in front of it."""
 
@@ -186,6 +200,7 @@ class Report(TypedDict):
     precision: Precision
     layers: list[Layer]
     tokens: Tokens | None
+    search: NotRequired[Search | None]
     engines: list[Engine]
     clips: Clips
     device: dict[str, Any]
