@@ -1,8 +1,8 @@
 """`load_model`: from what a user has to a `VideoModel`.
 
-A model is given as a `.pt` or `.safetensors` file, as a directory saved by transformers or by
-diffusers (a transformer, or a pipeline with one), as `module:callable`, or as `reference:NAME` for
-the models that ship.
+A model is given as a `.pt` or `.safetensors` file, as a graph (`.onnx`, or a `.pt2` program of
+`torch.export`), as a directory saved by transformers or by diffusers (a transformer, or a pipeline
+with one), as `module:callable`, or as `reference:NAME` for the models that ship.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from torch import nn
 
@@ -29,6 +29,7 @@ from vcompress.models.calls import Call, as_computed
 from vcompress.models.denoisers import MODEL_INDEX, example_call, only_transformer
 from vcompress.models.directory import clip_from_processor, read_directory, read_processor
 from vcompress.models.exportable import exportable
+from vcompress.models.graphs.source import SUFFIXES, load_graph
 from vcompress.models.video import Task, TokenGrid, VideoModel, weights_digest
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
@@ -96,6 +97,8 @@ def load_model(source: str, options: LoadOptions | None = None) -> VideoModel:
         return wrap_module(
             _call(source), name=source.partition(":")[2], options=options, source=source
         )
+    if path.suffix in SUFFIXES:
+        return _from_graph(path, options)
     loaded = checkpoints.read_checkpoint(path, trust_pickle=options.trust_pickle)
     return _from_checkpoint(loaded, path, options)
 
@@ -127,6 +130,22 @@ def _load_directory(path: Path, options: LoadOptions) -> VideoModel:
     described = adapter.describe(known)
     described = replace(described, clip=clip_from_processor(path, described.clip))
     return _finish(module, path.name, family, described, known, str(path), options)
+
+
+def _from_graph(path: Path, options: LoadOptions) -> VideoModel:
+    if options.arch is not None:
+        message = f"{path} holds its architecture; leave --arch out"
+        raise InputError(message)
+    given = None if options.input_spec is None else parse_input_spec(options.input_spec)
+    graph = load_graph(path, clip=given, trust_pickle=options.trust_pickle)
+    task: Task = "classify" if graph.classifies else "generic"
+    if graph.task in get_args(Task):
+        task = cast(Task, graph.task)
+    model = wrap_module(
+        graph.module, name=graph.name or path.stem, options=options, source=str(path),
+        family=path.suffix.removeprefix("."), task=task, labels=graph.labels, clip=graph.clip,
+    )  # fmt: skip
+    return replace(model, blocks=graph.blocks)
 
 
 def _from_checkpoint(

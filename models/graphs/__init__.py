@@ -1,0 +1,1 @@
+"""Models that come as a graph: ONNX files and programs of `torch.export`."""
