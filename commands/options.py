@@ -102,10 +102,13 @@ model_options = _with_options(
     click.option(
         "--input-spec",
         metavar="LAYOUT:TYPE:SIZES",
-        help="Input of a model that no adapter knows, e.g. NCTHW:float32:1x3x16x112x112.",
+        help="Input of a model that no adapter knows, or sizes that a graph leaves open, e.g. "
+        "NCTHW:float32:1x3x16x112x112.",
     ),
     click.option(
-        "--trust-pickle", is_flag=True, help="Unpickle whole modules. Runs code from the file."
+        "--trust-pickle",
+        is_flag=True,
+        help="Open whole pickled modules, and .pt2 files. Runs code from the file.",
     ),
     click.option("--clip-stride", type=click.IntRange(1), help="Take every n-th frame of a video."),
     click.option("--fps", type=float, help="Resample videos to this frame rate first."),

@@ -57,7 +57,7 @@ class LoadOptions:
     Attributes:
         arch: `module:callable` that builds the architecture of a bare state dict.
         input_spec: the model's input, such as `NCTHW:float32:1x3x16x112x112`.
-        trust_pickle: unpickle whole modules. Runs code from the file.
+        trust_pickle: open whole pickled modules, and `.pt2` files. Runs code from the file.
         clip_stride, fps: how frames are taken from a video, where the model's file does not say.
         mean, std: of the normalisation after scaling to 0..1, one value or one a channel.
         task: what the output of a model means that no adapter knows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,15 @@ from vcompress.terminal.tables import closing, plain_table
 from vcompress.validate.closing import closing_notes
 
 if TYPE_CHECKING:
+    from vcompress.models.look import FoundModel
     from vcompress.spec.attention_section import AttentionChoice
     from vcompress.spec.plan import LayerChoice
     from vcompress.terminal.console import Console
 
 __all__ = ["print_inspection", "print_plan"]
+
+# What the reading of a file says of a weight that is not quantized.
+_FLOAT_IN_FILE = "float"
 
 
 def print_plan(console: Console, plan: CompressionPlan, path: Path) -> None:
@@ -59,6 +64,10 @@ def _inspect_models(console: Console, path: Path) -> None:
     if console.json:
         console.print_json({"models": [one.as_dict() for one in found]})
         return
+    _print_models(console, found)
+
+
+def _print_models(console: Console, found: Sequence[FoundModel]) -> None:
     table = plain_table(("model", "class", "parameters", "layers", "blocks", "takes"), right=(2, 4))
     for one in found:
         layers = ", ".join(f"{count} {kind}" for kind, count in one.layers.items())
@@ -104,6 +113,9 @@ def _inspect_onnx(console: Console, path: Path) -> None:
     from vcompress.export.readback import read_precision
 
     layers = read_precision(path, prefix="model.").layers
+    if all(layer.weight_format == _FLOAT_IN_FILE for layer in layers.values()):
+        _inspect_graph(console, path)
+        return
     if console.json:
         console.print_json({
             "layers": {
@@ -115,6 +127,21 @@ def _inspect_onnx(console: Console, path: Path) -> None:
     table = plain_table(("layer", "weight in the file", "input in the file"))
     for name, layer in layers.items():
         table.add_row(Text(name), layer.weight_format, layer.input_format)
+    console.out.print(table)
+
+
+def _inspect_graph(console: Console, path: Path) -> None:
+    """An ONNX file in floating point, which can be compressed."""
+    from vcompress.models.graphs.look import look_at_onnx
+
+    found = look_at_onnx(path)
+    if console.json:
+        console.print_json(found.as_dict())
+        return
+    _print_models(console, [found.model])
+    table = plain_table(("layer", "kind", "weight"))
+    for name, facts in found.layers.items():
+        table.add_row(Text(name), facts.kind, "x".join(map(str, facts.weight_shape)))
     console.out.print(table)
 
 

@@ -19,7 +19,7 @@ from vcompress.models.graphs.tree import attribute, place_tensor
 
 __all__ = ["Shapes", "recorded_shapes", "with_blocks"]
 
-# Of a tensor that a node computes; None for sizes and tuples.
+# Of the (first) tensor that a node computes; None for sizes.
 Shapes = Mapping[fx.Node, tuple[int, ...] | None]
 
 
@@ -30,7 +30,8 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        self.shapes[n] = tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        first = value[0] if isinstance(value, tuple) and value else value
+        self.shapes[n] = tuple(first.shape) if isinstance(first, torch.Tensor) else None
         return value
 
 

@@ -23,7 +23,8 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 def convolution(
     weight: torch.Tensor, bias: torch.Tensor | None, *, strides: Sequence[int] | None = None,
-    padding: Sequence[int] | str | None = None, dilations: Sequence[int] | None = None, groups: int = 1,
+    padding: Sequence[int] | str | None = None, dilations: Sequence[int] | None = None,
+    groups: int = 1,
 ) -> nn.Module:  # fmt: skip
     """A convolution with weight `[N, K / groups, ...]` and the same padding on both sides."""
     count = weight.ndim - 2

@@ -25,7 +25,12 @@ from vcompress.models.graphs.layers import convolution, linear
 from vcompress.models.graphs.onnx_file import OnnxFile
 from vcompress.models.graphs.operators import OPERATORS, TYPES, compute, padded
 from vcompress.models.graphs.pooling import paddings
-from vcompress.models.graphs.tree import free_name, place_module, place_tensor, tidy_name
+from vcompress.models.graphs.tree import (
+    free_name,
+    place_module,
+    place_tensor,
+    tidy_name,
+)
 from vcompress.models.graphs.values import MAX_HOST_ELEMENTS
 from vcompress.spec.errors import InputError
 

@@ -180,8 +180,8 @@ def _scatter_elements(x: torch.Tensor, indices: Value, updates: torch.Tensor, *,
 
 
 def _bit_shift(x: Value, amount: Value, *, direction: str) -> Value:
-    # Shifts are not defined for all unsigned types in torch.
-    by = tensor(amount).long()
+    # Shifts are not defined for all unsigned types in torch, and not exported by a tensor.
+    by = amount if is_host(amount) else amount.long()
     shifted = tensor(x).long() << by if direction == "LEFT" else tensor(x).long() >> by
     return shifted.to(tensor(x).dtype)
 

@@ -64,9 +64,9 @@ def check_parity(
     return worst
 
 
-def takes_any_batch(module: torch.nn.Module, shape: Sequence[int], dtype: str) -> bool:
-    """Whether two batches of `shape` at once give what each gives alone."""
-    first, second = (random_clips(shape, dtype, seed) for seed in (0, 1))
+def takes_any_batch(module: torch.nn.Module, clips: torch.Tensor) -> bool:
+    """Whether two batches like `clips` at once give what each gives alone."""
+    first, second = clips, random_clips(clips.shape, str(clips.dtype).removeprefix("torch."), 1)
     with torch.inference_mode():
         apart = torch.cat([module(first), module(second)])
         try:
@@ -97,7 +97,14 @@ def onnx_runner(file: OnnxFile) -> Callable[[torch.Tensor], torch.Tensor]:
     name = session.get_outputs()[0].name
 
     def run(clips: torch.Tensor) -> torch.Tensor:
-        (result,) = session.run([name], {file.input_name: _fed(clips, file)})
+        try:
+            (result,) = session.run([name], {file.input_name: _fed(clips, file)})
+        except Exception as error:
+            message = (
+                f"ONNX Runtime cannot run {file.path} on {tuple(clips.shape)}: "
+                f"{str(error).splitlines()[0][:300]}"
+            )
+            raise InputError(message) from error
         return torch.from_numpy(np.asarray(result))
 
     return run

@@ -20,7 +20,13 @@ from torch import fx, nn
 from torch.nn import functional
 
 from vcompress.models.graphs.layers import convolution, linear
-from vcompress.models.graphs.tree import attribute, free_name, place_module, place_tensor, tidy_name
+from vcompress.models.graphs.tree import (
+    attribute,
+    free_name,
+    place_module,
+    place_tensor,
+    tidy_name,
+)
 from vcompress.spec.errors import InputError
 
 __all__ = ["Program", "read_program", "rebuilt"]

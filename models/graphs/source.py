@@ -8,8 +8,8 @@ wrote into an ONNX file.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from vcompress.models.graphs.parity import (
     takes_any_batch,
 )
 from vcompress.models.graphs.program import read_program, rebuilt
+from vcompress.models.video import primary_output
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
 
-__all__ = ["SUFFIXES", "GraphModel", "load_graph"]
+__all__ = ["SUFFIXES", "GraphModel", "graph_of_onnx", "load_graph"]
 
 SUFFIXES = (".onnx", ".pt2")
 _NUM_AXES = 5
@@ -42,7 +43,7 @@ class GraphModel:
     """A graph as a module.
 
     Attributes:
-        module: from clips to the first output.
+        module: from clips to the first output; a graph, or `InParts`.
         blocks: full names of its repeated blocks.
         clip: what it takes.
         classifies: its output is a row of numbers for every clip.
@@ -74,78 +75,73 @@ def load_graph(path: Path, *, clip: ClipSpec | None, trust_pickle: bool) -> Grap
         MissingCapabilityError: ONNX Runtime is not installed.
     """
     if path.suffix == ".onnx":
-        return _from_onnx(read_onnx(path), clip)
+        file = read_onnx(path)
+        graph = graph_of_onnx(file, clip)
+        parity = check_parity(
+            graph.module, onnx_runner(file), _shape(file.input_shape[0], graph.clip),
+            graph.clip.dtype, half=file.half, path=path,
+            locate=lambda clips: departs_at(file, translate(file), clips, file.half),
+        )  # fmt: skip
+        return replace(graph, parity=parity)
     program = read_program(path, trust_pickle=trust_pickle)
     clip = _checked_clip(path, program.input_shape, program.dtype, clip)
-    return _assembled(
-        path, rebuilt(program), program.module, clip, batch=program.input_shape[0],
-        half=program.half, dtype=program.dtype,
-    )  # fmt: skip
+    graph = _assembled(path, rebuilt(program), clip, program.input_shape[0], {})
+
+    def run(clips: torch.Tensor) -> torch.Tensor:
+        return primary_output(program.module(clips.to(getattr(torch, program.dtype))))
+
+    shape = _shape(program.input_shape[0], clip)
+    parity = check_parity(graph.module, run, shape, clip.dtype, half=program.half, path=path)
+    return replace(graph, parity=parity)
 
 
-def _from_onnx(file: OnnxFile, clip: ClipSpec | None) -> GraphModel:
-    own: Mapping[str, Any] = file.own
+def graph_of_onnx(file: OnnxFile, clip: ClipSpec | None = None) -> GraphModel:
+    """The module of `file`, not yet checked against it; see `load_graph`."""
+    own = file.own
     if clip is None and isinstance(own.get("clip"), dict):
         clip = ClipSpec.from_dict(own["clip"])
     clip = _checked_clip(file.path, file.input_shape, file.dtype, clip)
-    flat = translate(file)
+    return _assembled(file.path, translate(file), clip, file.input_shape[0], own)
 
-    def locate(clips: torch.Tensor) -> str:
-        return departs_at(file, translate(file), clips, file.half)
 
-    return _assembled(
-        file.path, flat, onnx_runner(file), clip, batch=file.input_shape[0], half=file.half,
-        dtype=file.dtype, locate=locate, own=own,
-    )  # fmt: skip
+def _shape(batch: Any, clip: ClipSpec) -> tuple[int, ...]:
+    return (batch if isinstance(batch, int) else 1, *clip.input_shape)
 
 
 def _assembled(
-    path: Path, flat: fx.GraphModule, run: Callable[[torch.Tensor], torch.Tensor], clip: ClipSpec,
-    *, batch: Any, half: bool, dtype: str, locate: Callable[[torch.Tensor], str] | None = None,
-    own: Mapping[str, Any] | None = None,
-) -> GraphModel:  # fmt: skip
-    """The module with its blocks and a free batch, checked against `run`."""
-    own = own or {}
-    fixed = isinstance(batch, int)
-    shape = (batch if fixed else 1, *clip.input_shape)
+    path: Path, flat: fx.GraphModule, clip: ClipSpec, batch: Any, own: Mapping[str, Any]
+) -> GraphModel:
+    """The module with its blocks, for any batch."""
     flat = flat.float().eval().requires_grad_(False)
-    clips = random_clips(shape, clip.dtype, 0)
+    clips = random_clips(_shape(batch, clip), clip.dtype, 0)
     try:
         shapes = recorded_shapes(flat, clips)
+        with torch.inference_mode():
+            output = flat(clips)
     except Exception as error:
-        message = f"{path} does not run on clips of shape {tuple(shape)}: {error}"
+        reason = str(error).strip().splitlines()[0][:300]
+        message = f"{path} does not run on clips of shape {tuple(clips.shape)}: {reason}"
         raise InputError(message) from error
-    module, blocks = _with_free_batch(flat, shapes, shape, clip, fixed=fixed)
-
-    def run_half(clips: torch.Tensor) -> torch.Tensor:
-        given = clips if dtype == "uint8" else clips.to(getattr(torch, dtype))
-        result = run(given) if path.suffix == ".pt2" else run(clips)
-        return result if isinstance(result, torch.Tensor) else result[0]
-
-    parity = check_parity(module, run_half, shape, clip.dtype, half=half, path=path, locate=locate)
-    with torch.inference_mode():
-        output = module(clips)
+    module, blocks = _for_any_batch(flat, shapes, clips, is_fixed=isinstance(batch, int))
     return GraphModel(
-        module=module, blocks=blocks, clip=clip, parity=parity,
+        module=module, blocks=blocks, clip=clip,
         classifies=output.ndim == 2 and output.shape[1] > 1,
         name=str(own.get("name", "")), task=str(own.get("task", "")),
         labels=tuple(str(label) for label in own.get("labels", ())),
     )  # fmt: skip
 
 
-def _with_free_batch(
-    flat: fx.GraphModule, shapes: Shapes, shape: tuple[int, ...], clip: ClipSpec, *, fixed: bool
+def _for_any_batch(
+    flat: fx.GraphModule, shapes: Shapes, clips: torch.Tensor, *, is_fixed: bool
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """`flat` with blocks, for any batch: as it is, relaxed, or else one part after the other."""
-    if not fixed:
-        return flat, with_blocks(flat, shapes)
+    """`flat` with blocks: as it is, with its batch set free, or else one part after the other."""
     relaxed = copy.deepcopy(flat)
-    free_batch(relaxed, dict(zip(relaxed.graph.nodes, shapes.values(), strict=True)))
-    if takes_any_batch(relaxed, shape, clip.dtype):
-        shapes = recorded_shapes(relaxed, random_clips(shape, clip.dtype, 0))
-        return relaxed, with_blocks(relaxed, shapes)
+    if is_fixed:
+        free_batch(relaxed, dict(zip(relaxed.graph.nodes, shapes.values(), strict=True)))
+    if takes_any_batch(relaxed, clips):
+        return relaxed, with_blocks(relaxed, recorded_shapes(relaxed, clips))
     blocks = with_blocks(flat, shapes)
-    return InParts(flat, shape[0]), blocks
+    return InParts(flat, clips.shape[0]), blocks
 
 
 def _checked_clip(

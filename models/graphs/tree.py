@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["attribute", "free_name", "place_module", "place_tensor", "tidy_name"]
+from vcompress.models.structure import layer_kind
+
+__all__ = [
+    "attribute",
+    "free_name",
+    "place_module",
+    "place_tensor",
+    "tidy_name",
+]
 
 # What frameworks append to the name of a layer for its weight and its operator.
 _TAILS = re.compile(
@@ -42,11 +50,25 @@ def _parent(root: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def free_name(root: nn.Module, wanted: str) -> str:
-    """`wanted`, or with a number behind it where something else has that name."""
+    """`wanted`, or a name like it where something else has that one or a layer would enclose it.
+
+    Nothing may lie inside a layer, which will be exchanged.
+    """
+    parent, _, child = wanted.rpartition(".")
+    while parent and _is_layer(root, parent):
+        wanted = f"{parent}_{child}"
+        parent, _, child = wanted.rpartition(".")
     name, number = wanted, 1
     while _is_taken(root, name):
         name, number = f"{wanted}_{number}", number + 1
     return name
+
+
+def _is_layer(root: nn.Module, name: str) -> bool:
+    module: object = root
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return isinstance(module, nn.Module) and layer_kind(module) is not None
 
 
 def _is_taken(root: nn.Module, name: str) -> bool:
