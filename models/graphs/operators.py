@@ -382,18 +382,30 @@ def _swish(x: torch.Tensor, *, alpha: float = 1.0) -> torch.Tensor:
     return x * torch.sigmoid(alpha * x)
 
 
+def _reflected(size: int, low: int, high: int, mode: str) -> list[int]:
+    """Which of `size` elements stands at each place of an axis padded with others of itself."""
+    places = range(-low, size + high)
+    if mode == "edge":
+        return [min(max(place, 0), size - 1) for place in places]
+    if mode == "wrap":
+        return [place % size for place in places]
+    period = max(2 * (size - 1), 1)
+    return [min(place % period, -place % period) for place in places]
+
+
 def padded(x: torch.Tensor, before: Sequence[Any], after: Sequence[Any], axes: Sequence[int],
            mode: str = "constant", value: float = 0.0) -> torch.Tensor:  # fmt: skip
     """`x` with so many elements before and behind it along `axes`."""
+    if mode != "constant":
+        for low, high, axis in zip(before, after, axes, strict=True):
+            if low or high:
+                places = _reflected(x.shape[axis], low, high, mode)
+                x = x.index_select(axis, torch.tensor(places, device=x.device))
+        return x
     amounts: list[Any] = [0] * (2 * x.ndim)
     for low, high, axis in zip(before, after, axes, strict=True):
         place = 2 * (x.ndim - 1 - axis % x.ndim)
         amounts[place : place + 2] = low, high
-    if mode != "constant":
-        while amounts and amounts[-2:] == [0, 0]:
-            amounts = amounts[:-2]
-        name = {"edge": "replicate", "reflect": "reflect", "wrap": "circular"}[mode]
-        return functional.pad(x, amounts, name) if amounts else x
     return functional.pad(x, amounts, value=value)
 
 
