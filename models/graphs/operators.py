@@ -82,8 +82,13 @@ def _clip(x: Value, low: Value = None, high: Value = None, *,
 def _cast(x: Value, *, to: int, saturate: int = 1, round_mode: str = "up") -> Value:
     dtype = TYPES[to]
     if is_host(x) and not dtype.is_floating_point and dtype is not torch.bool:
-        return elementwise(lambda t: t.to(dtype), lambda one: one, x)
+        return elementwise(lambda t: t.to(dtype), _whole, x)
     return tensor(x).to(dtype)
+
+
+def _whole(number: Any) -> Any:
+    # A size of a traced tensor is a whole number already, and must stay the symbol that it is.
+    return int(number) if isinstance(number, float | bool) else number
 
 
 def _cast_like(x: Value, like: Value) -> Value:

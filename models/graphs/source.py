@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from vcompress.models.graphs.attention import with_attention
 from vcompress.models.graphs.batch import InParts, free_batch
 from vcompress.models.graphs.blocks import Shapes, recorded_shapes, with_blocks
 from vcompress.models.graphs.onnx_file import OnnxFile, read_onnx
@@ -116,6 +117,8 @@ def _assembled(
     clips = random_clips(_shape(batch, clip), clip.dtype, 0)
     try:
         shapes = recorded_shapes(flat, clips)
+        if with_attention(flat, shapes):
+            shapes = recorded_shapes(flat, clips)
         with torch.inference_mode():
             output = flat(clips)
     except Exception as error:

@@ -174,10 +174,13 @@ def test_logic_and_bits(tmp_path: Path) -> None:
         make("BitShift", ["i", "three"], ["j"], direction="RIGHT"),
         make("BitwiseAnd", ["j", "three"], ["k"]), make("BitwiseOr", ["k", "one"], ["l"]),
         make("BitwiseXor", ["l", "three"], ["m"]), make("Cast", ["m"], ["n"], to=1),
-        make("Add", ["g", "n"], ["y"]),
+        make("Add", ["g", "n"], ["o"]), make("Pow", ["high", "low"], ["p"]),
+        make("Cast", ["p"], ["q"], to=TensorProto.INT32),
+        make("Cast", ["x"], ["r"], to=TensorProto.INT32), make("Div", ["r", "q"], ["s"]),
+        make("Cast", ["s"], ["t"], to=1), make("Add", ["o", "t"], ["y"]),
     ]  # fmt: skip
     constants = {
-        "low": np.float32(-0.1), "high": np.float32(0.4), "many": np.float32(0.0),
+        "low": np.float32(-0.1), "high": np.float32(0.1), "many": np.float32(0.0),
         "three": np.uint8(3), "one": np.uint8(1),
     }  # fmt: skip
     assert difference(saved(tmp_path / "m.onnx", nodes, constants)) < 1e-6

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from vcompress import cli
+from vcompress.compress.attention_sites import find_attentions
 from vcompress.export.graph import export_onnx
 from vcompress.export.trace import quiet
 from vcompress.models.graphs import source
@@ -154,6 +155,12 @@ def test_layers_and_blocks_of_a_graph_are_those_of_its_module(
     assert copy(clips).shape[1] in (16, 32)
     assert len(seen) >= 1
     assert isinstance(seen[0], torch.Tensor)
+
+
+@pytest.mark.parametrize("name", ["transformer.onnx", "transformer1.onnx", "transformer.pt2"])
+def test_attention_is_found(folder: Path, name: str) -> None:
+    model = load_model(str(folder / name), TRUSTED)
+    assert len(find_attentions(model.module, model.example())) == 2
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
