@@ -60,8 +60,8 @@ def read_onnx(path: Path) -> OnnxFile:
         InputError: damaged, quantized already, several inputs, or operators that are not known.
     """
     model = _load(path)
-    graph = model.graph
-    _refuse_quantized(model, path)
+    graph, own = model.graph, _own(model, path)
+    _refuse_quantized(model, path, own)
     _refuse_unknown(model, path)
     names = {value.name for value in graph.inputs} - set(graph.initializers)
     inputs = [value for value in graph.inputs if value.name in names]
@@ -88,7 +88,7 @@ def read_onnx(path: Path) -> OnnxFile:
             one.const_value is not None and int(one.const_value.dtype) in halves
             for one in graph.initializers.values()
         ),
-        opset=model.opset_imports.get("", 0), own=_own(model, path),
+        opset=model.opset_imports.get("", 0), own=own,
     )  # fmt: skip
 
 
@@ -135,7 +135,14 @@ def _nodes(model: ir.Model) -> Counter[str]:
     )
 
 
-def _refuse_quantized(model: ir.Model, path: Path) -> None:
+def _refuse_quantized(model: ir.Model, path: Path, own: Mapping[str, Any]) -> None:
+    if "target" in own:
+        # Portable graphs unpack formats such as NVFP4 with plain arithmetic.
+        message = (
+            f"{path} is quantized already: the graph of an artifact for {own['target']}; give "
+            "what that was made from"
+        )
+        raise InputError(message)
     found = {
         name: count
         for name, count in _nodes(model).items()

@@ -14,24 +14,32 @@ import ast
 import inspect
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from vcompress.models.graphs.constants import (
+    Constant,
+    attribute,
+    geometry,
+    identity,
+    is_bias,
+    plain,
+    tensor_of,
+)
 from vcompress.models.graphs.layers import convolution, linear
 from vcompress.models.graphs.onnx_file import OnnxFile
-from vcompress.models.graphs.operators import OPERATORS, TYPES, compute, padded
-from vcompress.models.graphs.pooling import paddings
+from vcompress.models.graphs.operators import OPERATORS, compute
+from vcompress.models.graphs.rearrange import padded
 from vcompress.models.graphs.tree import (
     free_name,
     place_module,
     place_tensor,
     tidy_name,
 )
-from vcompress.models.graphs.values import MAX_HOST_ELEMENTS
 from vcompress.spec.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,14 +55,6 @@ _VIEWS = ("Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze")
 _MULTIPLE = ("Split", "TopK")
 
 
-@dataclass(frozen=True)
-class _Constant:
-    """A value that is known: a tensor, a number or sizes, and the initializer it comes from."""
-
-    value: Any
-    name: str = ""
-
-
 def translate(file: OnnxFile) -> fx.GraphModule:
     """The module of `file`, from its input to its first output."""
     return _Translator(file).run()
@@ -64,10 +64,10 @@ class _Translator:
     def __init__(self, file: OnnxFile) -> None:
         self.file, self.onnx = file, file.model.graph
         self.root, self.graph = nn.Module(), fx.Graph()
-        self.values: dict[str, fx.Node | _Constant] = {}
+        self.values: dict[str, fx.Node | Constant] = {}
         self.layers: dict[tuple[Any, ...], str] = {}
         self.placed: dict[int, str] = {}
-        self.pending: list[tuple[fx.Node, _Constant]] = []
+        self.pending: list[tuple[fx.Node, Constant]] = []
         self.kept: list[torch.Tensor] = []  # an address is not used again while its tensor lives
         self.done: set[int] = set()  # additions that went into a layer as its bias
         self.prefix = "model." if file.own else ""
@@ -77,14 +77,14 @@ class _Translator:
             if value.const_value is None:
                 message = f"{self.file.path}: {name} has no data"
                 raise InputError(message)
-            self.values[name] = _Constant(_plain(_tensor_of(value.const_value)), name)
+            self.values[name] = Constant(plain(tensor_of(value.const_value)), name)
         clips = self.graph.placeholder("clips")
         self.values[self.file.input_name] = clips
         for node in self.onnx:
             if id(node) not in self.done:
                 self._add(node)
         output = self.values[str(self.onnx.outputs[0].name)]
-        if isinstance(output, _Constant):
+        if isinstance(output, Constant):
             message = f"{self.file.path}: the output does not depend on the input"
             raise InputError(message)
         self.graph.output(output)
@@ -100,17 +100,17 @@ class _Translator:
 
     def _add(self, node: ir.Node) -> None:
         inputs = [None if one is None else self.values[str(one.name)] for one in node.inputs]
-        attributes = {name: _attribute(one) for name, one in node.attributes.items()}
+        attributes = {name: attribute(one) for name, one in node.attributes.items()}
         if node.op_type == "Constant":
             (value,) = attributes.values()
-            self._set(node, _Constant(_plain(value)))
+            self._set(node, Constant(plain(value)))
             return
-        if all(one is None or isinstance(one, _Constant) for one in inputs):
+        if all(one is None or isinstance(one, Constant) for one in inputs):
             self._fold(node, inputs, attributes)
         elif not self._add_layer(node, inputs, attributes):
             self._call(node, inputs, attributes)
 
-    def _set(self, node: ir.Node, value: fx.Node | _Constant, output: int = 0) -> None:
+    def _set(self, node: ir.Node, value: fx.Node | Constant, output: int = 0) -> None:
         name = str(node.outputs[output].name)
         if isinstance(value, fx.Node):
             value.meta[VALUE] = name
@@ -128,7 +128,7 @@ class _Translator:
         name = inputs[0].name if node.op_type in _VIEWS and inputs else ""
         results = result if node.op_type in _MULTIPLE else (result,)
         for place, one in enumerate(results):
-            self._set(node, _Constant(_plain(one), name), place)
+            self._set(node, Constant(plain(one), name), place)
 
     def _call(self, node: ir.Node, inputs: list[Any], attributes: dict[str, Any]) -> None:
         if node.op_type not in OPERATORS:
@@ -161,7 +161,7 @@ class _Translator:
             return {**attributes, "value": attributes["value"].flatten()[0].item()}
         return attributes
 
-    def _operand(self, value: fx.Node | _Constant) -> Any:
+    def _operand(self, value: fx.Node | Constant) -> Any:
         """What stands for `value` in the arguments of a call."""
         if isinstance(value, fx.Node):
             return value
@@ -172,7 +172,7 @@ class _Translator:
         self.pending.append((node, value))
         return node
 
-    def _placed(self, constant: _Constant) -> str:
+    def _placed(self, constant: Constant) -> str:
         """The name of the parameter or buffer that holds `constant`."""
         key = id(constant.value)
         if key not in self.placed:
@@ -189,7 +189,7 @@ class _Translator:
     def _add_layer(self, node: ir.Node, inputs: list[Any], attributes: dict[str, Any]) -> bool:
         """Add a layer for `node`, if it is one."""
         weight = inputs[1] if len(inputs) > 1 else None
-        if not isinstance(weight, _Constant) or not isinstance(inputs[0], fx.Node):
+        if not isinstance(weight, Constant) or not isinstance(inputs[0], fx.Node):
             return False
         if not isinstance(weight.value, torch.Tensor) or not weight.value.is_floating_point():
             return False
@@ -197,7 +197,7 @@ class _Translator:
             self._add_matmul(node, inputs[0], weight)
             return True
         bias = inputs[2] if len(inputs) > 2 else None
-        if bias is not None and not isinstance(bias, _Constant):
+        if bias is not None and not isinstance(bias, Constant):
             return False
         if node.op_type == "Gemm" and not attributes.get("transA"):
             self._add_gemm(node, inputs[0], weight, bias, attributes)
@@ -210,7 +210,7 @@ class _Translator:
             return True
         return False
 
-    def _add_matmul(self, node: ir.Node, x: fx.Node, weight: _Constant) -> None:
+    def _add_matmul(self, node: ir.Node, x: fx.Node, weight: Constant) -> None:
         """The product, with the addition behind it if that is a bias."""
         last, bias = node, None
         uses = tuple(node.outputs[0].uses())
@@ -219,17 +219,17 @@ class _Translator:
             others = [one for one in behind.inputs if one is not node.outputs[0]]
             if behind.op_type == "Add" and len(others) == 1 and others[0] is not None:
                 found = self.values.get(str(others[0].name))
-                if isinstance(found, _Constant) and _is_bias(found.value, weight.value.shape[1]):
+                if isinstance(found, Constant) and is_bias(found.value, weight.value.shape[1]):
                     last, bias = behind, replace(found, value=found.value.flatten())
                     self.done.add(id(behind))
-        key = (_identity(weight), _identity(bias))
+        key = (identity(weight), identity(bias))
         name = self._layer(node, key, weight, bias, lambda: linear(
             weight.value.t(), None if bias is None else bias.value
         ))  # fmt: skip
         self._set(last, self.graph.call_module(name, (x,)))
 
     def _add_gemm(
-        self, node: ir.Node, x: fx.Node, weight: _Constant, bias: _Constant | None,
+        self, node: ir.Node, x: fx.Node, weight: Constant, bias: Constant | None,
         attributes: Mapping[str, Any],
     ) -> None:  # fmt: skip
         alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
@@ -237,22 +237,22 @@ class _Translator:
         offset = None
         if bias is not None:
             offset = (torch.as_tensor(bias.value) * beta).expand(1, matrix.shape[0])[0]
-        key = (_identity(weight), _identity(bias))
+        key = (identity(weight), identity(bias))
         name = self._layer(
             node, (*key, alpha, beta), weight, bias, lambda: linear(matrix * alpha, offset)
         )
         self._set(node, self.graph.call_module(name, (x,)))
 
     def _add_convolution(
-        self, node: ir.Node, x: fx.Node, weight: _Constant, bias: _Constant | None,
+        self, node: ir.Node, x: fx.Node, weight: Constant, bias: Constant | None,
         attributes: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        geometry = _geometry(node, weight.value, attributes, self._where(node))
-        same, before, after, strides, dilations = geometry
+        found = geometry(node, weight.value, attributes, self._where(node))
+        same, before, after, strides, dilations = found
         if not same:
             axes = list(range(2, weight.value.ndim))
             x = self.graph.call_function(padded, (x, before, after, axes))
-        key = (_identity(weight), _identity(bias), str(geometry))
+        key = (identity(weight), identity(bias), str(found))
         name = self._layer(node, key, weight, bias, lambda: convolution(
             weight.value, None if bias is None else bias.value, strides=strides,
             padding=before if same else None, dilations=dilations,
@@ -261,7 +261,7 @@ class _Translator:
         self._set(node, self.graph.call_module(name, (x,)))
 
     def _add_transposed(
-        self, node: ir.Node, x: fx.Node, weight: _Constant, bias: _Constant | None,
+        self, node: ir.Node, x: fx.Node, weight: Constant, bias: Constant | None,
         attributes: Mapping[str, Any],
     ) -> None:  # fmt: skip
         count = weight.value.ndim - 2
@@ -281,7 +281,7 @@ class _Translator:
         self._set(node, called)
 
     def _layer(
-        self, node: ir.Node, key: tuple[Any, ...], weight: _Constant, bias: _Constant | None,
+        self, node: ir.Node, key: tuple[Any, ...], weight: Constant, bias: Constant | None,
         make: Any,
     ) -> str:  # fmt: skip
         """The name of the layer, which is made once however often the graph calls it."""
@@ -294,7 +294,7 @@ class _Translator:
 
     # Names.
 
-    def _layer_name(self, node: ir.Node, weight: _Constant, bias: _Constant | None) -> str:
+    def _layer_name(self, node: ir.Node, weight: Constant, bias: Constant | None) -> str:
         kind = "conv" if node.op_type == "Conv" else "linear"
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         noted = ast.literal_eval(scopes)[-2:-1] if scopes.startswith("[") else []
@@ -324,70 +324,3 @@ class _Translator:
             f"({type(error).__name__}: {error})"
         )
         return InputError(message)
-
-
-def _identity(constant: _Constant | None) -> str | int | None:
-    return None if constant is None else constant.name or id(constant.value)
-
-
-def _tensor_of(constant: Any) -> torch.Tensor:
-    dtype = TYPES.get(int(constant.dtype))
-    if dtype is None:
-        message = f"{constant.name} holds {constant.dtype.name}, which is not translated"
-        raise InputError(message)
-    array = constant.numpy()
-    if int(constant.dtype) in (10, 16):
-        array = array.astype("float32")
-    return torch.from_numpy(array.copy()).to(dtype)
-
-
-def _plain(value: Any) -> Any:
-    """Numbers and sizes as Python values; larger tensors as they are."""
-    if not isinstance(value, torch.Tensor):
-        return tuple(value) if isinstance(value, list) else value
-    if value.ndim == 0 or (
-        value.ndim == 1 and not value.is_floating_point() and value.numel() <= MAX_HOST_ELEMENTS
-    ):
-        plain = value.tolist()
-        return tuple(plain) if isinstance(plain, list) else plain
-    return value
-
-
-def _attribute(attribute: Any) -> Any:
-    value = attribute.value
-    if hasattr(value, "numpy") and hasattr(value, "dtype"):
-        return _tensor_of(value)
-    if isinstance(value, bytes):
-        return value.decode()
-    return list(value) if isinstance(value, tuple | list) else value
-
-
-def _is_bias(value: Any, width: int) -> bool:
-    return (
-        isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and value.numel() == width
-        and value.shape[-1:] == (width,)
-    )
-
-
-def _geometry(
-    node: ir.Node, weight: torch.Tensor, attributes: Mapping[str, Any], where: str
-) -> tuple[bool, list[int], list[int], list[int], list[int]]:
-    """Whether padding is the same on both sides; padding, strides, dilations."""
-    count = weight.ndim - 2
-    strides = attributes.get("strides") or [1] * count
-    dilations = attributes.get("dilations") or [1] * count
-    auto_pad, sizes = attributes.get("auto_pad", "NOTSET"), [0] * count
-    if auto_pad.startswith("SAME"):
-        shape = node.inputs[0].shape if node.inputs[0] is not None else None
-        found = [] if shape is None else [size for size in list(shape)[2:] if isinstance(size, int)]
-        if len(found) == count:
-            sizes = found
-        elif any(stride != 1 for stride in strides):
-            message = f"{where}: auto_pad {auto_pad} with strides, of a shape that is not known"
-            raise InputError(message)
-    before, after = paddings(
-        auto_pad, attributes.get("pads"), sizes, list(weight.shape[2:]), strides, dilations
-    )
-    return before == after, before, after, strides, dilations

@@ -125,7 +125,7 @@ def _session(model: str | bytes) -> Any:
         )
         raise MissingCapabilityError(message) from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:

@@ -21,6 +21,7 @@ from vcompress.export.trace import quiet
 from vcompress.models.graphs import source
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.spec.artifact import Artifact
+from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
 
 SHAPE = (3, 4, 16, 16)
@@ -300,7 +301,7 @@ def test_a_translation_that_computes_something_else_is_refused_with_its_place(
 
 def test_what_vcompress_wrote_into_a_file_is_read_again(tmp_path: Path) -> None:
     module, clips = trained(Convolutions), torch.randn(2, *SHAPE)
-    clip = load_model_clip()
+    clip = ClipSpec(num_frames=4, height=16, width=16, stride=3, layout="NCTHW").as_dict()
     facts = {"name": "mine", "task": "embed", "clip": clip, "labels": ["a", "b", "c", "d", "e"]}
     export_onnx(
         nn.Sequential(module), clips, tmp_path / "m.onnx", dialect="portable",
@@ -310,8 +311,7 @@ def test_what_vcompress_wrote_into_a_file_is_read_again(tmp_path: Path) -> None:
     assert (model.name, model.task, model.clip.stride) == ("mine", "embed", 3)
     assert model.labels == ("a", "b", "c", "d", "e")
 
-
-def load_model_clip() -> dict[str, Any]:
-    from vcompress.spec.clip import ClipSpec
-
-    return ClipSpec(num_frames=4, height=16, width=16, stride=3, layout="NCTHW").as_dict()
+    written = onnx.load(tmp_path / "m.onnx")
+    written.metadata_props[0].value = json.dumps({**facts, "target": "nvfp4"})
+    onnx.save(written, tmp_path / "m.onnx")
+    assert "the graph of an artifact for nvfp4" in refused(tmp_path / "m.onnx")
