@@ -171,7 +171,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
     return int(end.value.code or 0), ""
 
 
-@pytest.mark.parametrize("name", ["transformer.onnx", "convolutions.pt2"])
+@pytest.mark.parametrize("name", ["convolutions1.onnx", "convolutions.pt2"])
 def test_a_graph_goes_through_the_command_with_its_proof(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
