@@ -39,6 +39,18 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"{value!r} is not a list of numbers such as 0.5,0.5,0.5", param, ctx)
 
 
+class _Words(click.ParamType[tuple[str, ...]]):
+    """Words separated by commas."""
+
+    name = "words"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """`value` as a tuple."""
+        return tuple(dict.fromkeys(part.strip() for part in str(value).split(",") if part.strip()))
+
+
 class _Size(click.ParamType[int]):
     """Bytes, with or without a unit."""
 
@@ -73,6 +85,7 @@ class _Tokens(click.ParamType[float | str]):
 
 
 NUMBERS = _Numbers()
+WORDS = _Words()
 TOKENS = _Tokens()
 SIZE = _Size()
 
@@ -250,6 +263,14 @@ proof_options = _with_options(
     ),
     bar_options,
     speed_option,
+    click.option(
+        "--dynamic",
+        type=WORDS,
+        default="",
+        metavar="AXES",
+        help="Axes of a clip to leave free in the graphs, of frames, height and width: "
+        "--dynamic height,width. The batch is free where the model allows it.",
+    ),
     click.option(
         "--engine/--no-engine",
         default=True,

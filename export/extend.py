@@ -22,9 +22,10 @@ from vcompress.export import engine as engines
 from vcompress.export.deployed import open_deployed
 from vcompress.export.dialects.openvino import for_openvino
 from vcompress.export.fold_input import fold_input, folded_clip
-from vcompress.export.manifest import GOLDEN_INPUTS
+from vcompress.export.manifest import GOLDEN_INPUTS, INPUT_NAME
 from vcompress.export.publish import staged_directory, write_manifest
 from vcompress.export.readback import read_precision
+from vcompress.export.shape_profiles import ShapeProfile, profiles_around
 from vcompress.spec.artifact import Artifact
 from vcompress.spec.clip import ClipSpec, Layout
 from vcompress.spec.errors import BuildError, InputError, MissingCapabilityError
@@ -129,13 +130,23 @@ def require_formats(graph: Path, sm: str) -> None:
     raise MissingCapabilityError(message)
 
 
+def _profiles(artifact: Artifact, source: Path) -> dict[str, ShapeProfile]:
+    """Sizes for axes that are free beyond the batch: from those of the manifest on."""
+    clip = artifact.manifest["clip"]
+    if clip is None:
+        return {}
+    return profiles_around(source, {INPUT_NAME: (1, *ClipSpec.from_dict(clip).input_shape)})
+
+
 def _engine(artifact: Artifact, runtime: str, sm: str) -> Extension:
     source = graph_file(artifact, "tensorrt-onnx")
     require_formats(source, sm)
     name = f"model.sm{sm}.engine" if runtime == "tensorrt-rtx" else f"model.trt.sm{sm}.engine"
     with tempfile.TemporaryDirectory(prefix="vcompress-") as folder:
         made = Path(folder) / name
-        facts = engines.build_engine(source, made, runtime=runtime, sm=sm)
+        facts = engines.build_engine(
+            source, made, runtime=runtime, sm=sm, shape_profiles=_profiles(artifact, source)
+        )
         library = "TensorRT-RTX" if runtime == "tensorrt-rtx" else "TensorRT"
         about = {"runtime": library, "version": facts.version, "sm": sm}
         _add(artifact, made, "engine", about)

@@ -9,7 +9,7 @@ from pathlib import Path
 from vcompress.spec.errors import InputError
 from vcompress.spec.strict_json import nearest
 
-__all__ = ["ShapeProfile", "complete_profiles", "input_shapes"]
+__all__ = ["ShapeProfile", "complete_profiles", "input_shapes", "profiles_around"]
 
 _DEFAULT_MAX_BATCH = 8
 
@@ -64,6 +64,31 @@ def complete_profiles(
                 minimum=(1, *rest), optimum=(1, *rest), maximum=(_DEFAULT_MAX_BATCH, *rest)
             )
         _check_profile(name, shape, profiles[name])
+    return profiles
+
+
+def profiles_around(
+    onnx_path: Path, typical: Mapping[str, tuple[int, ...]]
+) -> dict[str, ShapeProfile]:
+    """Profiles of the inputs with more free axes than the batch: up to twice the typical sizes.
+
+    Args:
+        onnx_path: the model.
+        typical: shapes by input name, each also the smallest; inputs that are not free there, or
+            are not in the model, are passed over.
+    """
+    profiles = {}
+    for name, shape in input_shapes(onnx_path).items():
+        if None not in shape[1:] or name not in typical:
+            continue
+        sizes = typical[name]
+        largest = [
+            size if fixed is not None else 2 * size
+            for size, fixed in zip(sizes, shape, strict=True)
+        ]
+        if shape[0] is None:
+            largest[0] = _DEFAULT_MAX_BATCH
+        profiles[name] = ShapeProfile(minimum=sizes, optimum=sizes, maximum=tuple(largest))
     return profiles
 
 

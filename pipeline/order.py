@@ -13,6 +13,7 @@ from vcompress.export.publish import check_output
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.cache_request import cache_request, with_calls
+from vcompress.pipeline.free_axes import check_dynamic
 from vcompress.pipeline.planning import (
     apply_plan,
     check_against,
@@ -172,6 +173,7 @@ def _prepare(
             "--min-sqnr, or --task classify if its output are class scores"
         )
         raise InputError(message)
+    check_dynamic(model, options.dynamic)
     output = options.output or Path(f"{model.name}-{options.target}")
     check_output(output, force=options.force)
     return model, output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from vcompress.export.manifest import GOLDEN_INPUTS, INPUT_NAME, OUTPUT_NAME, on
 from vcompress.export.publish import staged_directory, write_manifest
 from vcompress.export.readback import read_precision
 from vcompress.export.runtime import open_session
+from vcompress.export.shape_profiles import ShapeProfile, profiles_around
 from vcompress.models.calls import Call, named_arrays
 from vcompress.models.video import PrimaryOutput, VideoModel
 from vcompress.pipeline import proof as proving
+from vcompress.pipeline.free_axes import check_second_shape, free_axes_of
 from vcompress.pipeline.planning import save_plan
 from vcompress.pipeline.record import Run, file_role, manifest_of, report_of
 from vcompress.pipeline.run import Options, Outcome, Progress, Recorded
@@ -72,10 +75,11 @@ def produce(
         folder = Path(name)
         plan = save_plan(plan, tensors, folder / "plan.json")
         with progress.stage("export", 3) as advance:
-            graphs = _export(model, planned, plan, folder, advance)
+            graphs = _export(model, planned, plan, folder, options, advance)
         _verify(plan, graphs, progress)
+        _verify_free_axes(model, planned, plan, graphs, clips, options, progress)
         _verify_attention(model, plan, graphs)
-        built = _build_engines(graphs, plan, options, folder, progress)
+        built = _build_engines(model, graphs, plan, options, folder, progress)
         with progress.stage("prove", 3 * len(clips.test)) as advance:
             proof = proving.prove(_forms(model, planned, graphs), plan, clips.test, advance)
         bar = _bar(options, clips, model)
@@ -127,15 +131,18 @@ def _rejected(output: Path) -> Path:
 
 
 def _export(
-    model: VideoModel, planned: VideoModel, plan: CompressionPlan, folder: Path, advance: Any
-) -> Graphs:
+    model: VideoModel, planned: VideoModel, plan: CompressionPlan, folder: Path,
+    options: Options, advance: Any,
+) -> Graphs:  # fmt: skip
     example = model.example()
+    axes = free_axes_of(model, plan, options.dynamic)
     described = onnx_metadata(model, plan)
 
     def export(subject: VideoModel, name: str, dialect: str) -> GraphFacts:
         facts = export_onnx(
             PrimaryOutput(subject.module, example), example, folder / name, dialect=dialect,
             input_name=INPUT_NAME, output_name=OUTPUT_NAME, metadata=described,
+            free_axes={INPUT_NAME: axes} if axes else {},
         )  # fmt: skip
         advance(1)
         return facts
@@ -168,6 +175,18 @@ def _verify(plan: CompressionPlan, graphs: Graphs, progress: Progress) -> None:
             raise BuildError(message)
 
 
+def _verify_free_axes(
+    model: VideoModel, planned: VideoModel, plan: CompressionPlan, graphs: Graphs,
+    clips: ClipSets, options: Options, progress: Progress,
+) -> None:  # fmt: skip
+    """What was asked to be free is, and holds at a second shape."""
+    axes = free_axes_of(model, plan, options.dynamic)
+    if axes:
+        path = graphs.portable.files[0]
+        with progress.stage("second shape"):
+            check_second_shape(planned, open_session(path), path, clips.test, axes)
+
+
 def _verify_attention(model: VideoModel, plan: CompressionPlan, graphs: Graphs) -> None:
     """The same for products of attention, which have no names in a file: their number is right."""
     if plan.attention is None:
@@ -193,30 +212,37 @@ def _verify_attention(model: VideoModel, plan: CompressionPlan, graphs: Graphs) 
 
 
 def _build_engines(
-    graphs: Graphs, plan: CompressionPlan, options: Options, folder: Path, progress: Progress
-) -> list[Engine]:
+    model: VideoModel, graphs: Graphs, plan: CompressionPlan, options: Options, folder: Path,
+    progress: Progress,
+) -> list[Engine]:  # fmt: skip
     built: list[Engine] = []
     source = graphs.tensorrt.files[0]
+    profiles = None
+    if options.dynamic:
+        profiles = profiles_around(source, {INPUT_NAME: (1, *model.clip.input_shape)})
     for sm in find_target(plan.target).engine_sm:
         path = folder / f"model.sm{sm}.engine"
         entry = Engine(
             runtime="TensorRT-RTX", sm=sm, status="not built", seconds=None, bytes=None,
-            reason="switched off with --no-engine", command=engines.build_command(source, path),
+            reason="switched off with --no-engine",
+            command=engines.build_command(source, path, profiles),
         )  # fmt: skip
         if options.engine:
             with progress.stage(f"engine SM{sm}"):
-                entry.update(_build_engine(source, path, sm))
+                entry.update(_build_engine(source, path, sm, profiles))
         if entry["reason"] is not None and options.engine:
             progress.warn(f"no engine for SM{sm}: {entry['reason']}")
         built.append(entry)
     return built
 
 
-def _build_engine(source: Path, path: Path, sm: str) -> Engine:
+def _build_engine(
+    source: Path, path: Path, sm: str, profiles: Mapping[str, ShapeProfile] | None
+) -> Engine:
     """The fields that an attempt changes."""
     entry: dict[str, Any]
     try:
-        facts = engines.build_engine(source, path, sm=sm)
+        facts = engines.build_engine(source, path, sm=sm, shape_profiles=profiles)
     except (BuildError, MissingCapabilityError) as error:
         status = "failed" if isinstance(error, BuildError) else "not built"
         entry = {"status": status, "reason": str(error)}

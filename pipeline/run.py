@@ -98,6 +98,7 @@ class Options:
     min_psnr: float | None = None
     prompts: Path | None = None
     engine: bool = True
+    dynamic: tuple[str, ...] = ()
     seed: int = 0
     force: bool = False
     command: str | None = None
