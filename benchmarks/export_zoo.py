@@ -17,6 +17,7 @@ from torch import nn
 
 from vcompress.benchmarks import denoiser_zoo
 from vcompress.models.calls import Batch, Call
+from vcompress.models.exportable import exportable
 from vcompress.models.load import ADAPTERS
 from vcompress.models.video import PrimaryOutput, primary_output
 
@@ -83,7 +84,7 @@ _RECOGNISERS: dict[str, dict[str, Any]] = {
 
 
 def _recogniser(family: str) -> Case:
-    adapter = next(each for each in ADAPTERS if each.family == family)
+    adapter = next(each for each in ADAPTERS if each.family.split("_")[0] == family)
     module = adapter.build(_SIZES | _RECOGNISERS[family])
     return _of_clips(module, (4, 3, 16, 16), _T_C_H_W)
 
@@ -176,7 +177,7 @@ def _denoiser_call(name: str, seed: int, factors: Mapping[str, int]) -> Call:
 def _denoiser(name: str) -> Case:
     inputs = partial(_denoiser_call, name)
     return Case(
-        module=PrimaryOutput(denoiser_zoo.build(name), inputs(0, {})), inputs=inputs,
+        module=PrimaryOutput(exportable(denoiser_zoo.build(name)), inputs(0, {})), inputs=inputs,
         axes=_DENOISER_AXES.get(name, {"hidden_states": _LATENTS}),
     )  # fmt: skip
 
