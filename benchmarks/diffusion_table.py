@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-__all__ = ["BEGIN", "END", "Line", "Results", "put", "table", "verdict"]
+__all__ = ["Line", "Results", "put", "table", "verdict"]
 
-BEGIN, END = "<!-- diffusion table: begin -->", "<!-- diffusion table: end -->"
 _TOP = 60.0  # dB; what is closer looks the same
 
 Line = dict[str, Any]
@@ -111,14 +110,15 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def put(text: str, document: Path) -> None:
-    """Replace what stands between the two marks in `document`."""
-    before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    _, mark, after = rest.partition(END)
+def put(text: str, document: Path, *, name: str = "diffusion") -> None:
+    """Replace what stands between the two marks of the table `name` in `document`."""
+    begin, end = (f"<!-- {name} table: {edge} -->" for edge in ("begin", "end"))
+    before, _, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, mark, after = rest.partition(end)
     if not mark:
-        message = f"{document} has no marks {BEGIN} and {END}"
+        message = f"{document} has no marks {begin} and {end}"
         raise SystemExit(message)
-    document.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+    document.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def plot(lines: Sequence[Line], bar: float, path: Path) -> None:

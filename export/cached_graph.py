@@ -12,6 +12,8 @@ guidance branch, is another state. The same graph without the If is written on r
 full and a cached step, for a host that decides.
 
 Policies of the stack whose signal can be had in a graph: fixed, magcache, taylorseer, first_block.
+A schedule (forecast) leaves out the whole model, and its list says when: that is a pair, whose
+cached step is a mixture of three kept outputs.
 """
 
 from __future__ import annotations
@@ -81,6 +83,8 @@ class _Denoiser(nn.Module):
     def forward(
         self, call: dict[str, torch.Tensor], step: torch.Tensor, state: State, kept: State
     ) -> tuple[torch.Tensor, State, State]:
+        if self.policy.level == "model":
+            return self._whole(call, step, state, kept)
         result: list[tuple[State, State]] = []
 
         def stack(
@@ -95,6 +99,19 @@ class _Denoiser(nn.Module):
             output = self.module(call)
         (after,) = result
         return output, *after
+
+    def _whole(
+        self, call: dict[str, torch.Tensor], step: torch.Tensor, state: State, kept: State
+    ) -> tuple[torch.Tensor, State, State]:
+        """The model itself stands where else its blocks do; its first tensor is the latent."""
+        latent, *rest = call
+
+        def run(before: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.module({latent: before, **{n: call[n] for n in rest}})
+            return output
+
+        value = call[latent] if self.policy.signal == "input" else None
+        return self._step(run, state, kept, value, call[latent], step)
 
     def _step(
         self, run: Callable[[torch.Tensor], torch.Tensor], state: State, kept: State,
@@ -182,13 +199,9 @@ def export_cached(
         BuildError: the step cannot be traced or translated.
     """
     policy = build_policy(section, num_steps)
-    if policy.level != "stack" or policy.signal not in _SIGNALS:
-        message = (
-            f"the policy {section.policy} cannot stand in a graph; take fixed, magcache, "
-            "taylorseer or first_block, or cache in Python with apply_cache"
-        )
-        raise InputError(message)
-    step = _Denoiser(module.eval(), policy, find_stack(module, section.blocks), kind)
+    _check(section, policy, kind)
+    blocks = () if policy.level == "model" else find_stack(module, section.blocks)
+    step = _Denoiser(module.eval(), policy, blocks, kind)
     arguments = _arguments(step, call)
     with quiet(), torch.no_grad():
         try:
@@ -215,10 +228,32 @@ def export_cached(
     )
 
 
+def _check(section: CacheSection, policy: Policy, kind: Kind) -> None:
+    if section.policy == "forecast" and kind == "if":
+        message = (
+            'a schedule is exported as a pair, kind="full" and kind="cached": the steps to '
+            "compute are those of its list"
+        )
+        raise InputError(message)
+    if section.policy == "forecast" or (policy.level == "stack" and policy.signal in _SIGNALS):
+        return
+    message = (
+        f"the policy {section.policy} cannot stand in a graph; take a schedule (forecast), fixed, "
+        "magcache, taylorseer or first_block, or cache in Python with apply_cache"
+    )
+    raise InputError(message)
+
+
 def _arguments(
     step: _Denoiser, call: Call
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, State, State]:
-    """Inputs of the traced step, found by running the blocks once in full."""
+    """Inputs of the traced step, found by running model or blocks once in full."""
+    first = torch.tensor(0)
+    if step.policy.level == "model":
+        latent = next(iter(call.flat.values()))
+        with torch.no_grad():
+            after = step.module(call.flat)
+        return call.flat, first, step.policy.start(latent), step.policy.blank(latent, after)
     kind, step.kind = step.kind, "full"
     found: dict[str, torch.Tensor] = {}
 
@@ -234,7 +269,7 @@ def _arguments(
     value = found["value"] if step.policy.signal == "front" else None
     state = step.policy.start(value)
     kept = step.policy.blank(found["before"], found["before"])
-    return call.flat, torch.tensor(0), state, kept
+    return call.flat, first, state, kept
 
 
 def _name(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:

@@ -29,7 +29,9 @@ from vcompress.spec.artifact import Artifact
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import BuildError, InputError
 
-__all__ = ["RUNTIMES", "Answer", "Deployed", "Session", "Start", "open_deployed"]
+__all__ = [
+    "RUNTIMES", "Answer", "Deployed", "Session", "Start", "open_deployed", "open_graph",
+]  # fmt: skip
 
 Array = npt.NDArray[Any]
 Skipped = Callable[[str, InputError], None]
@@ -85,6 +87,16 @@ _OPENERS: Mapping[str, Callable[[Artifact, str | None, int | None], Session]] = 
     "openvino": _openvino,
 }
 RUNTIMES = tuple(_OPENERS)
+
+
+def open_graph(
+    artifact: Artifact, runtime: str, *, provider: str | None = None, threads: int | None = None
+) -> Session:
+    """The graph of `artifact` that `runtime`, one of `RUNTIMES`, takes; see `open_deployed`."""
+    if runtime not in _OPENERS:
+        message = f"unknown runtime {runtime!r} to run in; choose one of: {', '.join(RUNTIMES)}"
+        raise InputError(message)
+    return _OPENERS[runtime](artifact, provider, threads)
 
 
 def _file(artifact: Artifact, role: str) -> Path:
@@ -164,9 +176,6 @@ def open_deployed(
         MissingCapabilityError: the runtime or the provider is not installed.
         BuildError: the runtime does not take the model, or fell back to another provider.
     """
-    if runtime not in _OPENERS:
-        message = f"unknown runtime {runtime!r} to run in; choose one of: {', '.join(RUNTIMES)}"
-        raise InputError(message)
     started = time.perf_counter()
     artifact = Artifact.open(Path(path))
     if artifact.manifest["clip"] is None:
@@ -178,7 +187,7 @@ def open_deployed(
     spec = ClipSpec.from_dict(artifact.manifest["clip"])
     labels = _labels(artifact)
     middle = time.perf_counter()
-    session = _OPENERS[runtime](artifact, provider, threads)
+    session = open_graph(artifact, runtime, provider=provider, threads=threads)
     start = Start(
         engine_seconds=time.perf_counter() - middle, other_seconds=middle - started
     )  # fmt: skip

@@ -4,28 +4,35 @@
 
 The module is of the class that the pipeline knows, built from the configuration in the artifact,
 with layers that hold packed weights. Its formats are simulated, which saves memory, not time; with
-`execute=True` they run on the kernels of `compress.kernels`. A cache of the plan is in place and
-saves time; `pipe.transformer.vcompress_cache.report()` tells what it did. Two transformers of one
-run may each have one.
+`execute=True` they run on the kernels of `compress.kernels`, with `runtime="onnxruntime"` the
+exported graph runs on those of ONNX Runtime. A cache of the plan is in place and saves time;
+`pipe.transformer.vcompress_cache.report()` tells what it did. Two transformers of one run may each
+have one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from vcompress.compress.cache import apply_cache
+from vcompress.compress.cache.catalog import POLICIES
 from vcompress.compress.kernels import execute as kernels
 from vcompress.compress.passes import PASSES, QuantizePass
 from vcompress.compress.restore import restore_module
+from vcompress.export.deployed import open_graph
 from vcompress.models.empty import empty_module
 from vcompress.models.structure import find_blocks, find_layers
 from vcompress.models.video import VideoModel
+from vcompress.pipeline.graph_module import graph_module
 from vcompress.pipeline.planning import read_plan
 from vcompress.spec import strict_json
 from vcompress.spec.artifact import Artifact, sha256_of
+from vcompress.spec.cache_section import CacheSection
 from vcompress.spec.call import CallSpec
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import LayerFacts
@@ -35,7 +42,7 @@ __all__ = ["compressed"]
 
 def compressed(
     path: Path | str, *, dtype: torch.dtype | None = None, execute: bool = False,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", runtime: str | None = None, threads: int | None = None,
 ) -> nn.Module:  # fmt: skip
     """The planned module of the artifact at `path`, in evaluation mode.
 
@@ -44,15 +51,18 @@ def compressed(
         execute: run packed weights on real kernels instead of simulating them, see
             `compress.kernels.execute`, which says for every layer what runs.
         device: where the module goes.
+        runtime: "onnxruntime" or "openvino", to let the exported graph compute, on the CPU and in
+            float32. Calls must be of the size that was compressed, and a cache must be one that
+            leaves out the whole model: schedule (forecast) or easycache.
+        threads: of `runtime`; None for as many as the process may use.
 
     Raises:
         InputError: no artifact, one of another kind of model, or files that were changed.
         MissingCapabilityError: diffusers is not installed, or `device` cannot execute.
     """
     artifact = Artifact.open(Path(path))
-    weights, config = _verified(artifact, "weights"), _verified(artifact, "config")
-    described = artifact.manifest.get("call")
-    if weights is None or config is None or described is None:
+    config, described = _verified(artifact, "config"), artifact.manifest.get("call")
+    if config is None or described is None:
         message = (
             f"{path} is an artifact of {artifact.manifest['name']}, which is no model of "
             "diffusers; run its model.onnx instead"
@@ -61,6 +71,21 @@ def compressed(
     plan_path = _verified(artifact, "plan")
     if plan_path is None:
         message = f"{path} has no plan; make the artifact again"
+        raise InputError(message)
+    if runtime is not None:
+        if execute or dtype is not None or str(device) != "cpu":
+            message = (
+                f"runtime={runtime!r} computes in float32 on the CPU by itself; leave out dtype, "
+                "execute and device"
+            )
+            raise InputError(message)
+        section = read_plan(plan_path)[0].cache
+        return _with_cache(
+            _in_runtime(artifact, section, strict_json.read(config), runtime, threads), section
+        )
+    weights = _verified(artifact, "weights")
+    if weights is None:
+        message = f"{path} has no weights for torch; make the artifact again"
         raise InputError(message)
     plan, tensors = read_plan(plan_path)
     configuration = strict_json.read(config)
@@ -85,9 +110,29 @@ def compressed(
         kernels.execute(module, device=device)
     else:
         module.to(device)
-    if plan.cache is not None:
+    return _with_cache(module, plan.cache)
+
+
+def _in_runtime(
+    artifact: Artifact, section: CacheSection | None, configuration: Mapping[str, Any],
+    runtime: str, threads: int | None,
+) -> nn.Module:  # fmt: skip
+    """A module whose calls run the artifact's graph."""
+    if section is not None and POLICIES[section.policy].level != "model":
+        message = (
+            f"the cache {section.policy} decides about blocks, which the exported graph hides; "
+            "load without runtime=, or export the cache in the graph with export_cached"
+        )
+        raise InputError(message)
+    for role in ("onnx", "openvino-onnx"):
+        _verified(artifact, role)
+    return graph_module(configuration, open_graph(artifact, runtime, threads=threads))
+
+
+def _with_cache(module: nn.Module, section: CacheSection | None) -> nn.Module:
+    if section is not None:
         # No submodule: what it keeps is no weight.
-        module.__dict__["vcompress_cache"] = apply_cache(module, plan.cache)
+        module.__dict__["vcompress_cache"] = apply_cache(module, section)
     return module
 
 

@@ -118,6 +118,8 @@ def test_the_cache_of_a_plan_runs_in_the_pipeline(zoo: Any, tmp_path: Path) -> N
     assert report.hits.any()
     # A second run starts afresh.
     assert torch.equal(generate(pipe, 1, num_steps=10), latents)
+    with pytest.raises(InputError, match="decides about blocks"):
+        compressed(tmp_path / "out", runtime="onnxruntime")
     # One cache for both, from the artifact.
     with cached(pipe, tmp_path / "out") as handle:
         again = generate(pipe, 1, num_steps=10)
@@ -190,6 +192,16 @@ def test_quantize_from_the_command(zoo: Any, tmp_path: Path) -> None:
     with torch.inference_mode():
         outputs = [restored(**call.arguments, return_dict=False)[0] for call in recorded]
     assert all(bool(output.isfinite().all()) for output in outputs)
+    # The same calls in a runtime, which is all that computes then.
+    graph = compressed(out, runtime="onnxruntime", threads=1)
+    assert not list(graph.parameters())
+    # A value between two codes may go either way, see `docs/architecture.md`.
+    for call, output in zip(recorded, outputs, strict=True):
+        assert (graph(**call.arguments).sample - output).norm() < 0.02 * output.norm()
+    with pytest.raises(InputError, match="hidden_states, got"):
+        graph(**{**recorded[0].arguments, "hidden_states": torch.zeros(1, 4, 1, 2, 2)})
+    with pytest.raises(InputError, match="leave out dtype"):
+        compressed(out, runtime="onnxruntime", dtype=torch.bfloat16)
     shown = CliRunner().invoke(cli, ["inspect", str(model)])
     assert "hidden_states, timestep, encoder_hidden_states" in shown.output
 

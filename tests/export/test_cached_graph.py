@@ -29,7 +29,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "fixed": {"interval": 3},
     "first_block": {"threshold": 0.2},
     "taylorseer": {"interval": 3, "order": 1},
-}
+    "forecast": {
+        "compute_steps": (0, 1, 4, 7),
+        "mixture": (
+            (), (), (2.0, -1.0), (3.0, -2.0), (), (1.5, -0.5), (2.0, -1.2, 0.2), (),
+        ),
+    },
+}  # fmt: skip
 
 
 class Named(nn.Module):
@@ -106,7 +112,7 @@ def in_graph(facts: CachedFacts, session: Any) -> Callable[[dict[str, Array], in
     return step
 
 
-@pytest.mark.parametrize("policy", SECTIONS)
+@pytest.mark.parametrize("policy", ["fixed", "first_block", "taylorseer"])
 def test_a_generation_with_an_if_follows_the_live_cache(
     denoiser: nn.Module, call: Call, tmp_path: Path, policy: str
 ) -> None:
@@ -140,10 +146,17 @@ def test_a_stale_state_is_seen(denoiser: nn.Module, call: Call, tmp_path: Path) 
     assert np.abs(step(inputs, 1) - fresh).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("policy", "computes"),
+    [
+        ("fixed", lambda number, state: number in (0, STEPS - 1) or state["state.skips"] >= 2),
+        ("forecast", lambda number, _: number in SECTIONS["forecast"]["compute_steps"]),
+    ],
+)  # fmt: skip
 def test_a_pair_takes_turns_as_the_host_decides(
-    denoiser: nn.Module, call: Call, tmp_path: Path
+    denoiser: nn.Module, call: Call, tmp_path: Path, policy: str, computes: Any
 ) -> None:
-    section = section_of("fixed")
+    section = section_of(policy)
     made = {
         kind: export_cached(
             Named(denoiser), section, call, tmp_path / f"{kind}.onnx", num_steps=STEPS, kind=kind
@@ -157,8 +170,7 @@ def test_a_pair_takes_turns_as_the_host_decides(
 
     def step(inputs: dict[str, Array], number: int) -> Array:
         nonlocal state
-        compute = number in (0, STEPS - 1) or state["state.skips"] >= 2
-        session = sessions["full" if compute else "cached"]
+        session = sessions["full" if computes(number, state) else "cached"]
         known = {"step": np.array(number), **inputs, **state}
         outputs = session.run_named({name: known[name] for name in session.input_names})
         state = {**state, **{
@@ -182,6 +194,10 @@ def test_tensorrt_rtx_builds_it(denoiser: nn.Module, call: Call, tmp_path: Path)
 def test_what_cannot_stand_in_a_graph_is_refused(
     denoiser: nn.Module, call: Call, tmp_path: Path
 ) -> None:
-    section = CacheSection(policy="easycache", threshold=0.1, num_steps=STEPS)
-    with pytest.raises(InputError, match="easycache cannot stand in a graph"):
+    section = CacheSection(policy="teacache", threshold=0.1, num_steps=STEPS)
+    with pytest.raises(InputError, match="teacache cannot stand in a graph"):
         export_cached(Named(denoiser), section, call, tmp_path / "m.onnx", num_steps=STEPS)
+    with pytest.raises(InputError, match="a schedule is exported as a pair"):
+        export_cached(
+            Named(denoiser), section_of("forecast"), call, tmp_path / "m.onnx", num_steps=STEPS
+        )
