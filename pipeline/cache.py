@@ -13,8 +13,15 @@ import torch
 from torch import nn
 
 import vcompress
-from vcompress.compress.cache import Cached, CacheReport, CacheSection, apply_cache
-from vcompress.pipeline.cache_sampler import Case, Sampler, make_cases, open_sampler, read_prompts
+from vcompress.compress.cache import Cached, CacheSection, apply_cache
+from vcompress.pipeline.cache_sampler import (
+    Case,
+    Sampler,
+    make_cases,
+    make_more,
+    open_sampler,
+    read_prompts,
+)
 from vcompress.pipeline.cache_search import Bar, Found, Search, Trial, run_section
 from vcompress.pipeline.planning import read_plan, save_plan
 from vcompress.pipeline.run import Progress, Silent
@@ -36,8 +43,9 @@ class CacheFound:
         bar: the target.
         section: policy and settings; None where caching does not pay.
         reason: why not, or what holds.
-        calibration: the chosen section on the clips that it was chosen on.
+        calibration: the chosen section on the clips that it was confirmed on.
         held_out: on others; with `speed` wall clock, full over cached, by clip, interleaved.
+        alone: where layers are quantized, PSNR of these without a cache; `speed` is the cache's.
         families: the best of each.
         cases, full: the held-out clips.
         path, report: of the plan and the report; None if nothing was written.
@@ -51,6 +59,7 @@ class CacheFound:
     calibration: Trial | None = None
     held_out: Trial | None = None
     speed: tuple[float, ...] = ()
+    alone: tuple[float, ...] = ()
     families: tuple[Found, ...] = ()
     cases: tuple[Case, ...] = ()
     full: tuple[Frames, ...] = ()
@@ -99,7 +108,7 @@ def find_cache(
         output: the plan; a report is written beside it. None writes nothing.
         prompts: a text file, one a line; or a .pt file with prompt_embeds.
         min_psnr, min_ssim: the target, one of them, against the full model from the same noise.
-        num_clips: to calibrate on, and as many others to hold out.
+        num_clips: to calibrate on, twice as many others to confirm on, and as many to hold out.
         num_steps, size: where they are not what the pipeline does by itself.
         seed: of the first clip.
         force: replace a plan that is there.
@@ -129,7 +138,8 @@ def find_cache(
     if sampler.cannot_pay is not None:
         return CacheFound(section=None, reason=sampler.cannot_pay, **facts)
     calibration, held_out = make_cases(known, num_clips, seed)
-    found = Search(sampler, calibration, progress).run(bar)
+    more = make_more(known, 2 * num_clips, seed)
+    found = Search(sampler, calibration, progress, confirm=more).run(bar)
     facts |= {"families": tuple(found)}
     best = found[0].best
     if best is None:
@@ -155,7 +165,7 @@ def measured(
     sampler: Sampler, section: CacheSection, cases: Sequence[Case], advance: Any
 ) -> tuple[list[Frames], Trial, tuple[float, ...]]:
     """Full and cached clips of `cases`, and wall clock of full over cached, one after the other."""
-    full, clips, speed, trials = [], [], [], []
+    full, speed, trials = [], [], []
     for case in cases:
         started = time.perf_counter()
         full.append(sampler.sample(case))
@@ -163,14 +173,8 @@ def measured(
         advance(1)
         trials.append(run_section(sampler, section, [case], full[-1:]))
         speed.append((between - started) / (time.perf_counter() - between))
-        clips.append(trials[-1].clips[0])
         advance(1)
-    trial = Trial(
-        section=section, psnr_db=tuple(one.psnr_db[0] for one in trials),
-        ssim=tuple(one.ssim[0] for one in trials), clips=tuple(clips),
-        report=CacheReport.together([one.report for one in trials]),
-    )  # fmt: skip
-    return full, trial, tuple(speed)
+    return full, Trial.together(trials), tuple(speed)
 
 
 def _written(found: CacheFound, output: Path, seed: int) -> CacheFound:

@@ -43,13 +43,16 @@ _FITTED = ("blocks", "mixture", "magnitudes", "coefficients")
 _METRICS = {"psnr_db": ("PSNR", " dB"), "ssim": ("SSIM", "")}
 
 
-def write_report(found: CacheFound, path: Path) -> None:
-    """Write the page to `path`.
+def write_report(found: CacheFound, path: Path, *, code: str | None = None) -> None:
+    """Write the page to `path`; `code` is how it is taken over, if not as a plan.
 
     Raises:
         MissingCapabilityError: Jinja2 or Pillow is not installed.
     """
-    path.write_text(render_page("cache.html.j2", _view(found)), encoding="utf-8")
+    view = _view(found)
+    if code is not None:
+        view["code"] = code
+    path.write_text(render_page("cache.html.j2", view), encoding="utf-8")
 
 
 def _view(found: CacheFound) -> dict[str, Any]:
@@ -59,9 +62,11 @@ def _view(found: CacheFound) -> dict[str, Any]:
     assert found.section is not None
     what, unit = _METRICS[found.bar.metric]
     target = f"{what} of {found.bar.least:g}{unit}"
+    quantized = " over quantized layers" if found.alone else ""
     seen = "a clip" if len(found.cases) == 1 else f"{len(found.cases)} clips"
     return {
-        "title": f"{found.name} \u2192 {trial.section.policy.replace('_', ' ')} cache",
+        "title": f"{found.name} \u2192 {trial.section.policy.replace('_', ' ')} cache{quantized}",
+        "result": "compressed" if found.alone else "cached",
         "version": vcompress.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "verdict": {
@@ -108,6 +113,11 @@ def _tiles(found: CacheFound, trial: Trial) -> list[dict[str, str]]:
             return "of one held-out clip"
         return f"mean of {len(values)} held-out clips, lowest {min(values):{form}}"
 
+    alone = [] if not found.alone else [
+        {"label": "PSNR of precision alone", "value": f"{np.mean(found.alone):.2f}", "unit": "dB",
+         "note": f"the quantized layers with every step computed, lowest {min(found.alone):.2f}"}
+    ]  # fmt: skip
+    what = "the quantized layers without and with the cache" if found.alone else "full and cached"
     return [
         {"label": "PSNR", "value": f"{np.mean(trial.psnr_db):.2f}", "unit": "dB",
          "note": lowest(trial.psnr_db, ".2f")},
@@ -117,7 +127,8 @@ def _tiles(found: CacheFound, trial: Trial) -> list[dict[str, str]]:
          "note": f"of block calls over {found.num_steps} steps; "
          f"{trial.report.state_bytes / 2**20:.1f} MiB kept"},
         {"label": "Speed", "value": f"{np.mean(found.speed):.2f}\u00d7", "unit": "",
-         "note": "wall clock here, full and cached in turn"},
+         "note": f"wall clock here, {what} in turn"},
+        *alone,
     ]  # fmt: skip
 
 

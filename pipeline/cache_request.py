@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,23 @@ from vcompress.compress.context import CacheRequest
 from vcompress.models.recording import record_calls
 from vcompress.models.reference.catalog import REFERENCE_PIPELINES
 from vcompress.models.video import VideoModel
-from vcompress.pipeline.cache_sampler import make_cases, open_sampler, read_prompts
-from vcompress.pipeline.cache_search import Bar, Search, run_section
-from vcompress.pipeline.run import AUTO, Options, Progress
+from vcompress.pipeline.cache import CacheFound
+from vcompress.pipeline.cache_sampler import (
+    Case,
+    Sampler,
+    make_cases,
+    make_more,
+    open_sampler,
+    read_prompts,
+)
+from vcompress.pipeline.cache_search import Bar, Search, Trial, run_section
+from vcompress.pipeline.run import AUTO, Advance, Options, Progress
 from vcompress.spec.cache_section import CacheSection
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan
+from vcompress.validate.frames import Frames, psnr_db
 
-__all__ = ["cache_request", "with_calls"]
+__all__ = ["JointSearch", "cache_request", "with_calls"]
 
 _NUM_CLIPS = 4
 # Of each clip; neighbouring steps say the same.
@@ -56,8 +66,7 @@ def cache_request(
             "MODEL that is a pipeline folder of diffusers or the transformer in one"
         )
         raise InputError(message)
-    name, bar = _name_in(source), Bar("psnr_db", least)
-    return lambda module: _searched(pipeline, name, module, bar, options, progress)
+    return JointSearch(pipeline, _name_in(source), Bar("psnr_db", least), options, progress)
 
 
 def with_calls(
@@ -74,14 +83,15 @@ def with_calls(
         return options
     sampler = open_sampler(pipeline)
     prompts = read_prompts(options.prompts, sampler)
-    calibration, held_out = make_cases(prompts, _NUM_CLIPS, options.seed)
+    # Prompts that a cache is judged on are not among them.
+    cases, _ = make_cases(prompts, 2 * _NUM_CLIPS, options.seed)
     denoiser = getattr(sampler.pipe, _name_in(source))
     every = max(1, sampler.num_steps // _RECORDED_STEPS)
     with (
-        progress.stage("record calls", 2 * _NUM_CLIPS) as advance,
+        progress.stage("record calls", len(cases)) as advance,
         record_calls(denoiser, path, every_nth_step=every),
     ):
-        for case in (*calibration, *held_out):
+        for case in cases:
             sampler.sample(case)
             advance(1)
     return replace(options, calib=str(path))
@@ -93,42 +103,97 @@ def _name_in(source: str | VideoModel) -> str:
     return _TRANSFORMER if whole else given.name
 
 
-def _searched(
-    pipeline: str, name: str, module: nn.Module, bar: Bar, options: Options, progress: Progress
-) -> Answer:
-    """The best cache of `module` in its pipeline; clips are compared with the full model's.
+class JointSearch:
+    """Finds the cache of a denoiser in its pipeline, with what is quantized in place.
 
-    So the target is one for what is quantized and what is reused together.
+    Clips are compared with the full model's, so that the target is one for what is quantized and
+    what is reused together.
+
+    Attributes:
+        found: what was found, once it was called; None where caching cannot pay or nothing holds.
     """
-    sampler = open_sampler(pipeline)
-    prompts = read_prompts(options.prompts, sampler)
-    if sampler.cannot_pay is not None:
-        progress.warn(sampler.cannot_pay)
-        return None, {"reason": sampler.cannot_pay}
-    calibration, held_out = make_cases(prompts, _NUM_CLIPS, options.seed)
-    search = Search(sampler, calibration, progress)
-    full = [sampler.sample(case) for case in held_out]
-    # What a reused step does is measured before what is quantized adds to it.
-    search.ladders()
-    setattr(sampler.pipe, name, module)
-    best = search.run(bar)[0].best
-    if best is None:
-        why = (
-            f"with the quantized layers no cache holds PSNR {bar.least:g} dB; nothing is cached: "
-            "ask for less, or give the layers more bits"
-        )
-        progress.warn(why)
-        return None, {"reason": why}
-    trial = run_section(sampler, best.section, held_out, full)
-    reached = float(np.mean(trial.psnr_db))
-    if reached < bar.least:
-        progress.warn(
-            f"the cache holds PSNR {bar.least:g} dB on the clips that it was found on, but reaches "
-            f"{reached:.2f} dB on others; ask for more, or give more prompts"
-        )
-    return best.section, {
-        "bar": {bar.metric: bar.least}, "calibration": best.as_dict(), "held_out": trial.as_dict()
-    }  # fmt: skip
+
+    def __init__(
+        self, pipeline: str, name: str, bar: Bar, options: Options, progress: Progress
+    ) -> None:
+        """For the denoiser `name` of `pipeline`."""
+        self._pipeline, self._name, self._bar = pipeline, name, bar
+        self._options, self._progress = options, progress
+        self.found: CacheFound | None = None
+
+    def __call__(self, module: nn.Module) -> Answer:
+        """The best cache of `module`, and how well it holds on other clips."""
+        progress, bar, options = self._progress, self._bar, self._options
+        sampler = open_sampler(self._pipeline)
+        prompts = read_prompts(options.prompts, sampler)
+        if sampler.cannot_pay is not None:
+            progress.warn(sampler.cannot_pay)
+            return None, {"reason": sampler.cannot_pay}
+        calibration, held_out = make_cases(prompts, _NUM_CLIPS, options.seed)
+        more = make_more(prompts, 2 * _NUM_CLIPS, options.seed)
+        search = Search(sampler, calibration, progress, confirm=more)
+        full = [sampler.sample(case) for case in held_out]
+        # What a reused step does is measured before what is quantized adds to it.
+        search.ladders()
+        setattr(sampler.pipe, self._name, module)
+        families = search.run(bar)
+        best = families[0].best
+        with progress.stage("hold out", 2 * len(held_out)) as advance:
+            judged = _judge(
+                sampler, None if best is None else best.section, held_out, full, advance
+            )
+        alone = {"psnr_db": list(judged.alone)}
+        if best is None or judged.trial is None:
+            why = (
+                f"with the quantized layers no cache holds PSNR {bar.least:g} dB; nothing is "
+                "cached: ask for less, or give the layers more bits"
+            )
+            progress.warn(why)
+            return None, {"reason": why, "held_out": alone, "precision_alone": alone}
+        reached = float(np.mean(judged.trial.psnr_db))
+        if reached < bar.least:
+            progress.warn(
+                f"the cache holds PSNR {bar.least:g} dB on the clips that it was found on, but "
+                f"reaches {reached:.2f} dB on others; ask for more, or give more prompts"
+            )
+        self.found = CacheFound(
+            name=sampler.name, num_steps=sampler.num_steps, bar=bar, section=best.section,
+            reason=f"{reached:.4g} dB on {len(held_out)} held-out clips, {bar.least:g} asked",
+            calibration=best, held_out=judged.trial, speed=judged.speed, alone=judged.alone,
+            families=tuple(families), cases=tuple(held_out), full=tuple(full),
+        )  # fmt: skip
+        return best.section, {
+            "bar": {bar.metric: bar.least}, "calibration": best.as_dict(),
+            "held_out": judged.trial.as_dict(), "precision_alone": alone,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """On held-out clips: PSNR of what is quantized, the cache added, and its speed-up."""
+
+    alone: tuple[float, ...]
+    trial: Trial | None
+    speed: tuple[float, ...]
+
+
+def _judge(
+    sampler: Sampler, section: CacheSection | None, cases: list[Case], full: list[Frames],
+    advance: Advance,
+) -> _Judged:  # fmt: skip
+    """Each clip without the cache and with it, one after the other."""
+    alone, speed, trials = [], [], []
+    for case, reference in zip(cases, full, strict=True):
+        started = time.perf_counter()
+        alone.append(psnr_db(reference, sampler.sample(case)))
+        between = time.perf_counter()
+        advance(1)
+        if section is not None:
+            trials.append(run_section(sampler, section, [case], [reference]))
+            speed.append((between - started) / (time.perf_counter() - between))
+        advance(1)
+    trial = Trial.together(trials) if trials else None
+    return _Judged(alone=tuple(alone), trial=trial, speed=tuple(speed))
 
 
 def _pipeline_of(source: str | VideoModel) -> str | None:

@@ -18,12 +18,14 @@ from vcompress.spec.cache_section import LEAST_STEPS
 from vcompress.spec.errors import InputError, MissingCapabilityError
 from vcompress.validate.frames import Frames
 
-__all__ = ["Case", "Sampler", "make_cases", "open_sampler", "read_prompts"]
+__all__ = ["Case", "Sampler", "make_cases", "make_more", "open_sampler", "read_prompts"]
 
 _REFERENCE = "reference:"
 _DENOISERS = ("transformer", "transformer_2")
 # Schedulers of models that were distilled to a few steps.
 _FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+# What is added to the seed.
+_CONFIRMING, _OTHERS = 500, 1000
 
 Prompt = str | dict[str, Any]
 
@@ -237,6 +239,11 @@ def read_prompts(path: Path | None, sampler: Sampler) -> list[Prompt]:
     return prompts
 
 
+def make_more(prompts: Sequence[Prompt], count: int, seed: int) -> list[Case]:
+    """`count` cases to confirm on: prompts of those to calibrate on, other seeds."""
+    return make_cases(prompts, count, seed + _CONFIRMING)[0]
+
+
 def make_cases(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[Case], list[Case]]:
     """`count` cases to calibrate on and `count` others.
 
@@ -245,5 +252,5 @@ def make_cases(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[list[C
     own = prompts[::2] if len(prompts) > 1 else prompts
     others = prompts[1::2] if len(prompts) > 1 else prompts
     calibration = [Case(own[index % len(own)], seed + index) for index in range(count)]
-    held_out = [Case(others[index % len(others)], seed + 1000 + index) for index in range(count)]
+    held_out = [Case(others[index % len(others)], seed + _OTHERS + index) for index in range(count)]
     return calibration, held_out

@@ -12,7 +12,8 @@ from vcompress.compress.tensors import ModelTensors
 from vcompress.export.publish import check_output
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.video import VideoModel
-from vcompress.pipeline.cache_request import cache_request, with_calls
+from vcompress.pipeline.cache import CacheFound
+from vcompress.pipeline.cache_request import JointSearch, cache_request, with_calls
 from vcompress.pipeline.free_axes import check_dynamic
 from vcompress.pipeline.planning import (
     apply_plan,
@@ -50,7 +51,8 @@ def quantize(
     clips = _open_clips(model, options, recorded)
     request = cache_request(source, model, options, recorded)
     plan, tensors = make_plan(model, clips.calibration, options, recorded, cache=request)
-    return _produce(model, plan, tensors, clips, options, output, recorded)
+    found = request.found if isinstance(request, JointSearch) else None
+    return _produce(model, plan, tensors, clips, options, output, recorded, cache=found)
 
 
 def open_model_and_clips(
@@ -132,15 +134,17 @@ def apply(
 
 def _produce(
     model: VideoModel, plan: CompressionPlan, tensors: ModelTensors,
-    clips: ClipSets, options: Options, output: Path, progress: Recorded,
+    clips: ClipSets, options: Options, output: Path, progress: Recorded, *,
+    cache: CacheFound | None = None,
 ) -> Outcome:  # fmt: skip
     from vcompress.pipeline.production import produce
 
     with progress.stage("apply"):
         planned = apply_plan(model, plan, tensors)
     return produce(
-        model, planned, plan, tensors, clips, options=options, output=output, progress=progress
-    )
+        model, planned, plan, tensors, clips, options=options, output=output, progress=progress,
+        cache=cache,
+    )  # fmt: skip
 
 
 def _require_export() -> None:

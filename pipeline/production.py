@@ -26,6 +26,8 @@ from vcompress.export.shape_profiles import ShapeProfile, profiles_around
 from vcompress.models.calls import Call, named_arrays
 from vcompress.models.video import PrimaryOutput, VideoModel
 from vcompress.pipeline import proof as proving
+from vcompress.pipeline.cache import CacheFound
+from vcompress.pipeline.cache_report import write_report as write_cache_report
 from vcompress.pipeline.free_axes import check_second_shape, free_axes_of
 from vcompress.pipeline.planning import save_plan
 from vcompress.pipeline.record import Run, file_role, manifest_of, report_of
@@ -61,7 +63,7 @@ class Graphs:
 def produce(
     model: VideoModel, planned: VideoModel, plan: CompressionPlan,
     tensors: ModelTensors, clips: ClipSets, *,
-    options: Options, output: Path, progress: Recorded,
+    options: Options, output: Path, progress: Recorded, cache: CacheFound | None = None,
 ) -> Outcome:  # fmt: skip
     """Make, prove and publish the artifact.
 
@@ -83,14 +85,17 @@ def produce(
         with progress.stage("prove", 3 * len(clips.test)) as advance:
             proof = proving.prove(_forms(model, planned, graphs), plan, clips.test, advance)
         bar = _bar(options, clips, model)
+        judged = gate.judge(proof.metrics, max_drop_points=bar, min_sqnr_db=options.min_sqnr)
         verdict = with_speed(
-            gate.judge(proof.metrics, max_drop_points=bar, min_sqnr_db=options.min_sqnr),
-            _speed(proof, graphs, clips, options, progress),
+            _with_generated(judged, plan, options), _speed(proof, graphs, clips, options, progress)
         )
         graphs.baseline.unlink()
         _write_data(folder, model, clips, proof)
         if "_class_name" in model.config:
             _write_module(folder, planned)
+        if cache is not None:
+            code = f'pipe.transformer = vcompress.compressed("{output.name}/")'
+            write_cache_report(cache, folder / "cache.html", code=code)
         run = Run(
             model=model, planned=planned, plan=plan, clips=clips, options=options, proof=proof,
             max_drop_points=bar, verdict=verdict, engines=built, warnings=progress.warnings,
@@ -108,6 +113,14 @@ def produce(
                 shutil.move(path, staging / path.name)
             write_manifest(staging, manifest, roles=_roles(staging), about=_about(graphs, built))
     return Outcome(path=target, plan=plan, report=made, verdict=verdict)
+
+
+def _with_generated(verdict: gate.Verdict, plan: CompressionPlan, options: Options) -> gate.Verdict:
+    """With the clips that the search for a cache has generated held to their bar."""
+    measured = plan.evidence.get("cache", {}).get("held_out")
+    if options.min_psnr is None or measured is None:
+        return verdict
+    return gate.with_generated(verdict, measured["psnr_db"], options.min_psnr)
 
 
 def _speed(

@@ -39,6 +39,7 @@ _ROLES = {
     "model.tensorrt.onnx": "tensorrt-onnx", "golden.npz": "golden", "proof.npz": "proof",
     "weights.safetensors": "weights", "config.json": "config",
     "labels.txt": "labels", "report.json": "report", "report.html": "report-page",
+    "cache.html": "cache-page",
 }  # fmt: skip
 
 

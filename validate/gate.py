@@ -11,14 +11,15 @@ that name no class are judged by SQNR, if a bar is set for it, and otherwise not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import mean
 from typing import Any, Literal
 
 from vcompress.spec.errors import InputError
 from vcompress.validate.paired import PairedDrop, clips_needed, paired_drop
 
-__all__ = ["Outcome", "Verdict", "judge"]
+__all__ = ["Outcome", "Verdict", "judge", "with_generated"]
 
 Outcome = Literal["pass", "fail", "inconclusive", "not judged"]
 
@@ -108,6 +109,26 @@ def judge(
     if fidelity is not None and fidelity.outcome == "fail" and accuracy.outcome != "fail":
         return fidelity
     return accuracy
+
+
+def with_generated(verdict: Verdict, psnr_db: Sequence[float], bar_db: float) -> Verdict:
+    """`verdict` with a bar for generated clips beside it; the worse outcome counts.
+
+    Args:
+        verdict: of single calls.
+        psnr_db: of each held-out clip that the whole denoising run gives, against the full model.
+        bar_db: for their mean.
+    """
+    reached = mean(psnr_db)
+    good = reached >= bar_db
+    reason = (
+        f"PSNR {reached:.1f} dB on {len(psnr_db)} generated clips "
+        f"{'reaches' if good else 'misses'} the bar of {bar_db:g} dB."
+    )
+    if verdict.outcome == "not judged":
+        return replace(verdict, outcome="pass" if good else "fail", reason=reason)
+    outcome = verdict.outcome if good else "fail"
+    return replace(verdict, outcome=outcome, reason=f"{verdict.reason} {reason}")
 
 
 def _not_judged(metrics: Mapping[str, float | int | None], reason: str) -> Verdict:
