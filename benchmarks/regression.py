@@ -18,7 +18,9 @@ slower program were recorded, nothing is injected: they are drawn as they are.
 
 `accuracy` takes the answers of baseline and artifact on every test clip of penvideo20, as
 `benchmarks/reference_models.py` counted them, and draws clips from them with replacement; a drop is
-injected by making right answers wrong at random. `benchmarks/results/regression.json` keeps it all.
+injected by making right answers wrong at random. The control has the answers of baseline and
+artifact exchanged on half of the clips where they differ, so that its true drop is zero.
+`benchmarks/results/regression.json` keeps it all.
 """
 
 from __future__ import annotations
@@ -210,7 +212,16 @@ def answers(target: str) -> dict[str, int]:
     }  # fmt: skip
 
 
-def gate_outcomes(cells: dict[str, int]) -> dict[str, Any]:
+def exchanged(cells: dict[str, int]) -> dict[str, int]:
+    """The control: of clips with two answers, half have them exchanged, so that nothing is lost."""
+    half, odd = divmod(cells["right_to_wrong"] + cells["wrong_to_right"], 2)
+    return {
+        **cells, "right_to_wrong": half, "wrong_to_right": half,
+        "both_wrong": cells["both_wrong"] + odd,
+    }  # fmt: skip
+
+
+def gate_outcomes(cells: dict[str, int], drops: tuple[float, ...] = DROPS) -> dict[str, Any]:
     """Outcomes of the gate by bar and injected drop, on test sets drawn from these clips."""
     from vcompress.validate.gate import judge
     from vcompress.validate.paired import paired_drop
@@ -220,7 +231,7 @@ def gate_outcomes(cells: dict[str, int]) -> dict[str, Any]:
     num_clips = int(counts.sum())
     rng = np.random.default_rng(0)
     found: dict[str, Any] = {}
-    for drop in DROPS:
+    for drop in drops:
         rows = {bar: Counter[str]() for bar in BARS}
         established = 0
         # Right answers of the artifact that become wrong, at random.
@@ -308,6 +319,11 @@ def main() -> None:
             for target in TARGETS
             for cells in [answers(target)]
         }
+        for target in TARGETS:
+            cells = exchanged(results["accuracy"][f"penvideo20 {target}"]["answers"])
+            results["accuracy"][f"penvideo20 {target}, exchanged"] = {
+                "answers": cells, "outcomes": gate_outcomes(cells, (0.0, 1.0)),
+            }  # fmt: skip
         _write(arguments.results, results)
     else:
         results = _read(arguments.results)
