@@ -45,6 +45,11 @@ __all__ = ["cache"]
 )
 @click.option("--seed", default=0, show_default=True, type=int, help="Of the first clip.")
 @click.option(
+    "--features",
+    metavar="MODEL",
+    help="A recogniser whose features of held-out clips are compared as well.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),

@@ -23,6 +23,7 @@ from vcompress.pipeline.cache_sampler import (
     read_prompts,
 )
 from vcompress.pipeline.cache_search import Bar, Found, Search, Trial, run_section
+from vcompress.pipeline.features import FeatureReader
 from vcompress.pipeline.planning import read_plan, save_plan
 from vcompress.pipeline.run import Progress, Silent
 from vcompress.spec.artifact import MANIFEST, Artifact
@@ -48,6 +49,7 @@ class CacheFound:
         alone: where layers are quantized, PSNR of these without a cache; `speed` is the cache's.
         families: the best of each.
         cases, full: the held-out clips.
+        feature_distances: of the held-out clips; None where no recogniser was given.
         path, report: of the plan and the report; None if nothing was written.
     """
 
@@ -63,6 +65,7 @@ class CacheFound:
     families: tuple[Found, ...] = ()
     cases: tuple[Case, ...] = ()
     full: tuple[Frames, ...] = ()
+    feature_distances: tuple[float, ...] | None = None
     path: Path | None = None
     report: Path | None = None
 
@@ -83,6 +86,7 @@ class CacheFound:
             "calibration": None if self.calibration is None else self.calibration.as_dict(),
             "held_out": None if self.held_out is None else self.held_out.as_dict(),
             "speed_up": list(self.speed),
+            "feature_distances": self.feature_distances and list(self.feature_distances),
             "families": [
                 {
                     "name": one.name, "num_trials": one.num_trials,
@@ -99,7 +103,7 @@ def find_cache(
     source: str | Sampler, output: Path | None = None, *, prompts: Path | None = None,
     min_psnr: float | None = None, min_ssim: float | None = None, num_clips: int = 4,
     num_steps: int | None = None, size: tuple[int, int, int] | None = None, seed: int = 0,
-    force: bool = False, progress: Progress | None = None,
+    force: bool = False, features: str | None = None, progress: Progress | None = None,
 ) -> CacheFound:  # fmt: skip
     """Find policy and settings under a quality target, and hold them out on other clips.
 
@@ -112,6 +116,7 @@ def find_cache(
         num_steps, size: where they are not what the pipeline does by itself.
         seed: of the first clip.
         force: replace a plan that is there.
+        features: a recogniser, as for `load_model`, by which held-out clips are compared as well.
         progress: who is told.
 
     Raises:
@@ -130,6 +135,7 @@ def find_cache(
 
         check_plan_output(output, force=force)
     with progress.stage("load"):
+        reader = None if features is None else FeatureReader(features)
         sampler = source if isinstance(source, Sampler) else open_sampler(
             source, num_steps=num_steps, size=size
         )  # fmt: skip
@@ -154,7 +160,11 @@ def find_cache(
     why = f"{bar.metric} {reached:.4g} on {len(held_out)} held-out clips, {bar.least:g} asked"
     result = CacheFound(
         section=best.section, reason=why, calibration=best, held_out=trial, speed=speed,
-        cases=tuple(held_out), full=tuple(full), **facts,
+        cases=tuple(held_out), full=tuple(full),
+        feature_distances=None
+        if reader is None
+        else tuple(map(reader.distance, full, trial.clips)),
+        **facts,
     )  # fmt: skip
     if not trial.report.hits.any():
         progress.warn("the cache reused nothing on held-out clips; do without one")

@@ -140,6 +140,11 @@ def _over_time(found: CacheFound) -> dict[str, str]:
     known = [each for each in motion if each is not None]
     return {
         "flicker": f"{np.mean([flicker_percent(*pair) for pair in pairs]):.2f} % of the range",
+        **(
+            {}
+            if found.feature_distances is None
+            else {"feature distance": f"{np.mean(found.feature_distances):.4f}"}
+        ),
         "motion error": f"{np.mean(known):.3f} px a frame" if known
         else "not known: nothing moves, or scikit-image is not installed",
     }  # fmt: skip

@@ -42,6 +42,9 @@ def print_cache(found: CacheFound, *, as_json: bool) -> None:
             ("reused", f"{found.held_out.report.skip_rate:.1%} of block calls, held out"),
             ("quality", f"PSNR {mean(found.held_out.psnr_db):.2f} dB (lowest "
              f"{min(found.held_out.psnr_db):.2f}), SSIM {mean(found.held_out.ssim):.4f}, held out"),
+            *([] if found.feature_distances is None else [
+                ("features", f"cosine distance {mean(found.feature_distances):.4f}, held out")
+            ]),
             ("speed", f"{mean(found.speed):.2f}x in wall clock here, interleaved"),
         ]  # fmt: skip
     lines.append(("holds" if found.holds else "MISSED", found.reason))
