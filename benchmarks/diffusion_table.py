@@ -31,7 +31,8 @@ class Results:
         known, facts = self.summaries(), self.facts
         said = verdict(known, facts["bar_psnr_db"])
         lines = [
-            f"{facts['num_steps']} steps; searched on {len(facts['calibration'])} clips, judged on "
+            f"{facts['num_steps']} steps; searched on {len(facts['calibration'])} clips, "
+            f"confirmed on {len(facts.get('confirmed', ()))}, judged on "
             f"{len(facts['held_out'])} others, of which {facts['num_timed']} timed; "
             f"{facts['threads']} thread."
         ]
