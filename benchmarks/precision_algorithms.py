@@ -3,10 +3,11 @@
 The formats are those of `--target nvfp4`: NVFP4 for every linear layer whose shape allows it, INT8
 where it does not, else the layer is kept; no layer falls back because of its error. Each algorithm
 runs as in the product: layer by layer, plain rounding is taken where it is better on held-out
-tokens (`by_layer`), then for all layers if the model as a whole is better off on calibration clips
-(`by_model`). modelopt's algorithms are shown as modelopt leaves them (`unguarded`), fitted to all
-calibration clips. A model without NVFP4 layers has the row "max" alone. Rows are kept as they come:
-those of a further run with other algorithms, and the same clips, join them.
+tokens (`by_layer`), then for all layers if the model as a whole is better off on calibration clips,
+and what is left is fitted to all of these (`by_model`). modelopt's algorithms are shown as modelopt
+leaves them (`unguarded`), fitted to all calibration clips. A model without NVFP4 layers has the row
+"max" alone. Rows are kept as they come: those of a further run with other algorithms, and the same
+clips, join them. The row "int8" is for those with a low-rank branch: plain INT8 in all layers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from vcompress.calib.observe import observe
 from vcompress.compress import modelopt_bridge
 from vcompress.compress.algorithms.problem import Solution
 from vcompress.compress.block_error import replaced_all
-from vcompress.compress.calibration import calibrate_layers, freeze_solutions
+from vcompress.compress.calibration import calibrate_layers, fit_to_all, freeze_solutions
 from vcompress.compress.context import PlanContext
 from vcompress.compress.frozen import FrozenLayer
 from vcompress.compress.quantize import candidate_formats
@@ -41,7 +42,7 @@ __all__ = ["ALGORITHMS", "measure", "table"]
 
 ALGORITHMS = (
     "max", "modelopt-mse", "smoothquant", "awq", "modelopt-gptq", "svdquant", "hadamard", "gptq",
-    "auto", "svd+gptq", "hadamard+svd+gptq",
+    "auto", "svd+gptq", "hadamard+svd+gptq", "int8",
 )  # fmt: skip
 _TARGET = "nvfp4"
 _BATCH_SIZE = 8
@@ -76,7 +77,9 @@ def measure(
             max_layer_error=MAX_LAYER_ERROR, budget=None, seed=seed, stage=Silent().stage,
             warn=warnings.append,
         )  # fmt: skip
-        if algorithm in modelopt_bridge.ALGORITHMS:
+        if algorithm == "int8":
+            rows[algorithm] = _in_int8(model, context, judge)
+        elif algorithm in modelopt_bridge.ALGORITHMS:
             rows[algorithm] = _unguarded(model, formats, context, judge)
         else:
             rows[algorithm] = {**_row(model, formats, context, judge), "warnings": warnings}
@@ -94,13 +97,12 @@ def _row(
     calibrated = time.perf_counter()
     by_model, compared = without_harm(model, formats, by_layer, context)
     compared_at = time.perf_counter()
-    facts = _judged(model, formats, by_layer, judge)
+    made = fit_to_all(model, formats, by_model, context)
+    fitted = time.perf_counter()
     notes = [solution.note for solution in by_layer.values()]
     return {
-        "by_layer": facts,
-        "by_model": facts
-        if by_model is by_layer
-        else _judged(model, formats, by_model, judge),
+        "by_layer": _judged(model, formats, by_layer, judge),
+        "by_model": _judged(model, formats, made, judge),
         "num_layers_changed": sum(
             bool(each.tensors or each.rotation) for each in by_layer.values()
         ),
@@ -109,7 +111,26 @@ def _row(
         "seconds": {
             "calibrate": round(calibrated - start, 3),
             "compare": round(compared_at - calibrated, 3),
+            "fit_to_all": round(fitted - compared_at, 3),
         },
+    }  # fmt: skip
+
+
+def _in_int8(model: VideoModel, context: PlanContext, judge: Judge) -> dict[str, Any]:
+    """Plain rounding to INT8 in place of NVFP4."""
+    amax = context.stats.input_amax
+    formats = {
+        name: each if name in amax else FLOAT
+        for name, each in candidate_formats(model, find_target("int8")).items()
+    }
+    solutions = {
+        name: Solution(input_amax=amax[name], note="")
+        for name, each in formats.items()
+        if each != FLOAT
+    }
+    return {
+        "by_model": _judged(model, formats, solutions, judge),
+        "num_layers_changed": 0, "num_layers_rejected": 0, "seconds": {"calibrate": 0.0},
     }  # fmt: skip
 
 

@@ -17,15 +17,19 @@ from vcompress.models.video import VideoModel
 from vcompress.spec.budget import Budget
 from vcompress.spec.cache_section import CacheSection
 from vcompress.spec.defaults import ATTENTION
+from vcompress.spec.dynamic_section import DynamicSection
 from vcompress.spec.target import Target
 from vcompress.spec.token_section import TokenSection
 
-__all__ = ["CacheRequest", "PlanContext", "Stage", "TokenRequest"]
+__all__ = ["CacheRequest", "DynamicRequest", "PlanContext", "Stage", "TokenRequest"]
 
 TokenRequest = float | Budget | TokenSection
 
 # Finds the cache of a denoiser as the passes before have left it, with its evidence.
 CacheRequest = Callable[[nn.Module], tuple[CacheSection | None, Mapping[str, Any]]]
+
+# Decides how the inputs of a denoiser's layers change from step to step, with its evidence.
+DynamicRequest = Callable[[nn.Module], tuple[DynamicSection | None, Mapping[str, Any]]]
 
 # Names a stage and its number of steps; the context gives the function that takes steps done.
 Stage = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
@@ -46,6 +50,7 @@ class PlanContext:
             under, a schedule, or None to leave tokens alone.
         attention: "keep", "auto" or a format for the products of attention.
         latency: what a budget of time is counted by; None for other budgets.
+        dynamic: finds how inputs change from step to step; None to leave them as they are.
         cache: finds what is used again from step to step; None to compute everything.
         algorithm: how inputs and weights are calibrated, a name in `calibration.ALGORITHMS`.
         max_layer_error: see `spec.defaults.MAX_LAYER_ERROR`.
@@ -69,6 +74,7 @@ class PlanContext:
     attention: str = ATTENTION
     latency: LatencyTable | None = None
     cache: CacheRequest | None = None
+    dynamic: DynamicRequest | None = None
 
     @property
     def clips(self) -> Batch:

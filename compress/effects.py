@@ -30,7 +30,12 @@ from vcompress.compress.losses import TaskLoss
 from vcompress.models.calls import Batch, run_module
 from vcompress.models.video import VideoModel, primary_output
 
-__all__ = ["Candidates", "Effects", "predict_effects"]
+__all__ = ["Candidates", "Effects", "clips_that_fit", "predict_effects"]
+
+# Activations that a batch may hold, and how often each is held: as the input and the output of a
+# layer, for what autograd saves, and as gradients of the probes.
+_HELD_BYTES = 4 * 2**30
+_TIMES_HELD = 4
 
 # Layer -> format -> the frozen layer.
 Candidates = Mapping[str, Mapping[str, nn.Module]]
@@ -137,6 +142,30 @@ def predict_effects(
         },
         unreached=tuple(name for name in candidates if name in seen and name not in reached),
     )
+
+
+@torch.inference_mode()
+def clips_that_fit(model: VideoModel, candidates: Candidates, clips: Batch) -> int:
+    """How many clips like the first of `clips` a batch may have, by what their layers see.
+
+    At least 1. The bound is the same on every machine, and so is what comes out.
+    """
+    sizes: list[int] = []
+
+    def record(
+        _layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any],
+        output: torch.Tensor,
+    ) -> None:  # fmt: skip
+        value = (*arguments, *keywords.values())[0]
+        sizes.extend(each.numel() * each.element_size() for each in (value, output))
+
+    with ExitStack() as hooks:
+        for name in candidates:
+            handle = model.layer(name).register_forward_hook(record, with_kwargs=True)
+            hooks.callback(handle.remove)
+        device = next(model.module.parameters()).device
+        run_module(model.module, clips[:1].to(device))
+    return max(1, _HELD_BYTES // max(1, _TIMES_HELD * sum(sizes)))
 
 
 def _feel(

@@ -31,6 +31,7 @@ from vcompress.compress.numerics import hadamard
 from vcompress.compress.prepare import Convolution, Prepared, checked_layer, prepare
 from vcompress.compress.stored import CODECS
 from vcompress.compress.tensors import WEIGHT_PREFIX, LayerTensors
+from vcompress.spec.formats import FLOAT
 
 __all__ = ["FrozenConvolution", "FrozenLayer", "FrozenLinear", "freeze"]
 
@@ -50,6 +51,11 @@ class FrozenLayer(nn.Module):
 
     Models ask their layers for a type, to bring an input to it: of the weight, or of any parameter.
     `type_marker` answers, a parameter without elements that follows `half()`.
+
+    Attributes:
+        format: of the stored weight.
+        input_format: of the input, as a rule the same; see `compress.dynamic`, which changes it
+            from step to step to one that takes its scales from the input, or to keep.
     """
 
     input_scale: torch.Tensor | None
@@ -62,7 +68,7 @@ class FrozenLayer(nn.Module):
     def __init__(self, prepared: Prepared, format: str) -> None:
         """Hold `prepared`, which is for `format`; see `freeze`."""
         super().__init__()
-        self.format = format
+        self.format = self.input_format = format
         for buffer, tensor in prepared.weight.items():
             self.register_buffer(buffer, tensor)
         down, up = prepared.low_rank or (None, None)
@@ -102,8 +108,10 @@ class FrozenLayer(nn.Module):
         return self.dequantized_weight().to(self.type_marker.dtype)
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`, smoothed and rotated already, as the format can hold it."""
-        return CODECS[self.format].round_input(x, self.input_scale)
+        """`x`, smoothed and rotated already, as `input_format` can hold it."""
+        if self.input_format == FLOAT:
+            return x
+        return CODECS[self.input_format].round_input(x, self.input_scale)
 
     def _operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Rounded input, weight and bias in the type of `x`."""

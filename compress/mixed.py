@@ -76,7 +76,9 @@ def find_formats(model: VideoModel, context: PlanContext) -> MixedFormats:
     with context.stage("allocate", None):
         search = PrecisionSearch(
             model, candidates, sensitivities,
-            lambda name, format_name: extra_bits(model, name, format_name, context.algorithm),
+            lambda name, format_name: extra_bits(
+                model, name, format_name, context.algorithm, context.budget
+            ),
             cost_of=None if times is None else times.together,
         )  # fmt: skip
         # A bar of quality is judged on all clips: each is a part of a point.

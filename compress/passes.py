@@ -6,12 +6,16 @@ were merged. `apply` decides nothing; it does what the section says.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
+
+from torch import nn
 
 from vcompress.compress.attention_plan import decide_attention
 from vcompress.compress.attention_sites import apply_attention
 from vcompress.compress.context import PlanContext
+from vcompress.compress.dynamic import DynamicPrecision, apply_dynamic
 from vcompress.compress.precision import plan_precision
 from vcompress.compress.quantize import apply_choices
 from vcompress.compress.tensors import TOKENS, ModelTensors
@@ -21,7 +25,7 @@ from vcompress.compress.tokens.surgery import apply_reduction
 from vcompress.models.video import VideoModel
 from vcompress.spec.plan import CompressionPlan
 
-__all__ = ["PASSES", "AttentionPass", "Pass", "Planned"]
+__all__ = ["PASSES", "AttentionPass", "Pass", "Planned", "dynamic_of"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,23 @@ class AttentionPass:
             apply_attention(model.module, plan.attention)
 
 
+class DynamicPass:
+    """Inputs of a denoiser's NVFP4 layers whose precision changes from step to step."""
+
+    needs: frozenset[str] = frozenset()
+
+    def plan(self, model: VideoModel, plan: CompressionPlan, context: PlanContext) -> Planned:
+        """The section `dynamic_precision`, if there is to be one."""
+        if context.dynamic is None:
+            return Planned(plan, {})
+        section, measured = context.dynamic(model.module)
+        evidence = {**plan.evidence, "dynamic_precision": dict(measured)}
+        return Planned(replace(plan, dynamic_precision=section, evidence=evidence), {})
+
+    def apply(self, model: VideoModel, plan: CompressionPlan, tensors: ModelTensors) -> None:
+        """Nothing: one call has no steps, and a graph has one precision. See `compressed`."""
+
+
 class CachePass:
     """What a denoiser uses again from step to step, found with everything else in place."""
 
@@ -117,7 +138,8 @@ class CachePass:
         """The section `cache`, if there is to be one."""
         if context.cache is None:
             return Planned(plan, {})
-        section, measured = context.cache(model.module)
+        with dynamic_of(model.module, plan):
+            section, measured = context.cache(model.module)
         evidence = {**plan.evidence, "cache": dict(measured)}
         return Planned(replace(plan, cache=section, evidence=evidence), {})
 
@@ -125,4 +147,18 @@ class CachePass:
         """Nothing: one call has no steps. `compressed` puts the cache in place for whole runs."""
 
 
-PASSES: tuple[Pass, ...] = (TokenPass(), AttentionPass(), QuantizePass(), CachePass())
+def dynamic_of(
+    module: nn.Module, plan: CompressionPlan
+) -> AbstractContextManager[DynamicPrecision | None]:
+    """The section `dynamic_precision` of `plan` in place on `module`, if it has one."""
+    section = plan.dynamic_precision
+    return nullcontext() if section is None else apply_dynamic(module, section)
+
+
+PASSES: tuple[Pass, ...] = (
+    TokenPass(),
+    AttentionPass(),
+    QuantizePass(),
+    DynamicPass(),
+    CachePass(),
+)

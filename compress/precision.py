@@ -14,7 +14,7 @@ import torch
 
 from vcompress.compress.algorithms.problem import Solution
 from vcompress.compress.block_error import measure_block_errors
-from vcompress.compress.calibration import calibrate_layers, freeze_solutions
+from vcompress.compress.calibration import calibrate_layers, fit_to_all, freeze_solutions
 from vcompress.compress.context import PlanContext
 from vcompress.compress.mixed import find_formats
 from vcompress.compress.quantize import candidate_formats, choose
@@ -58,6 +58,7 @@ def _in_order(model: VideoModel, context: PlanContext) -> PrecisionPlan:
     solutions, compared = without_harm(
         model, formats, calibrate_layers(model, formats, context), context
     )
+    solutions = fit_to_all(model, formats, solutions, context)
     frozen = freeze_solutions(model, formats, solutions)
     with context.stage("block errors", len(frozen)) as advance:
         # Blocks are run alone, in the original model: merged tokens would not fit.
@@ -76,6 +77,7 @@ def _searched(model: VideoModel, context: PlanContext) -> PrecisionPlan:
     solutions, compared = without_harm(
         model, found.formats, calibrate_layers(model, found.formats, context), context
     )
+    solutions = fit_to_all(model, found.formats, solutions, context)
     choices = {
         name: LayerChoice(
             format=found.formats[name], reason=found.reasons[name],

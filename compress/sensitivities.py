@@ -14,7 +14,12 @@ from torch import nn
 from vcompress.calib.calls import Samples
 from vcompress.compress.brute_force import measure_losses, reference_outputs
 from vcompress.compress.clip_choice import batches_of, choose_clips
-from vcompress.compress.effects import Candidates, Effects, predict_effects
+from vcompress.compress.effects import (
+    Candidates,
+    Effects,
+    clips_that_fit,
+    predict_effects,
+)
 from vcompress.compress.frozen import freeze
 from vcompress.compress.losses import TaskLoss, loss_of
 from vcompress.models.video import VideoModel
@@ -83,9 +88,12 @@ def predict_sensitivities(
     """
     loss = loss_of(model.task)
     chosen = choose_clips(clips, num_clips, loss, outputs, seed)
+    size = clips_that_fit(model, candidates, chosen.batches[0])
     effects = predict_effects(
-        model, candidates, iter(chosen.batches), loss, num_probes=num_probes, seed=seed,
-        weights=chosen.weights, on_batch=on_batch,
+        model, candidates,
+        (batch[at : at + size] for batch in chosen.batches for at in range(0, len(batch), size)),
+        loss, num_probes=num_probes, seed=seed, on_batch=on_batch,
+        weights=[part for weights in chosen.weights for part in torch.split(weights, size)],
     )  # fmt: skip
     blind = {name: candidates[name] for name in effects.unreached}
     measured: dict[str, dict[str, float]] = {}

@@ -5,7 +5,9 @@ it, against plain rounding on the same tokens. One that is worse, or not a numbe
 `auto` takes GPTQ behind one of a short list of rotations and smoothings, the one with which plain
 rounding has the smallest error; GPTQ itself would rank them alike and takes most of the time. The
 list is in the order of cost at run time, and a costlier answer must be better by a margin: a
-rotation or smoothing that brings nothing is not paid for.
+rotation or smoothing that brings nothing is not paid for. Where bits are short, the list is one of
+answers that store nothing beside the weight: of a small layer, factors cost more bits than they
+are worth.
 """
 
 from __future__ import annotations
@@ -38,13 +40,19 @@ _AUTO = (
     Recipe(rotation=32, smoothing="balanced", rounding="gptq", bias=True, input_clip=True),
     Recipe(rotation=LARGEST, smoothing="balanced", rounding="gptq", bias=True, input_clip=True),
 )
+# Nothing of these is stored beside the weight; a rotation costs no bits.
+_FRUGAL = (
+    Recipe(rounding="gptq", bias=True, input_clip=True),
+    Recipe(rotation=32, rounding="gptq", bias=True, input_clip=True),
+    Recipe(rotation=LARGEST, rounding="gptq", bias=True, input_clip=True),
+)
 _MARGIN = 0.96  # of the squared error of a cheaper answer
 
 
 @torch.no_grad()
 def solve(
     problem: LayerProblem, algorithm: str = "auto", *, held_out: torch.Tensor | None = None,
-    seed: int = 0,
+    seed: int = 0, frugal: bool = False,
 ) -> Solution:  # fmt: skip
     """The answer of `algorithm` to `problem`, or plain rounding if that is better.
 
@@ -55,6 +63,7 @@ def solve(
         held_out: tokens `[T, K]` that judge, of clips that `problem` has none of; without them a
             third of the tokens of `problem` is not fitted and judges.
         seed: which tokens are held out.
+        frugal: `auto` stores nothing beside the weight, no factors and no bias where there is none.
 
     Raises:
         InputError: an unknown algorithm; see `LayerProblem`.
@@ -72,13 +81,26 @@ def solve(
     fit = problem
     if held_out is None or not len(held_out):
         fit, held_out = split_tokens(problem, seed)
-    recipe = _best_prepared(fit) if algorithm == "auto" else RECIPES[algorithm]
+    recipe = (
+        _best_prepared(fit, recipes_of(algorithm, frugal=frugal, has_bias=problem.bias is not None))
+        if algorithm == "auto"
+        else RECIPES[algorithm]
+    )
     return guarded(problem, _cooked(fit, recipe), held_out)
 
 
-def recipes_of(algorithm: str) -> tuple[Recipe, ...]:
-    """All that `algorithm`, one of `ALGORITHMS`, may do to a layer."""
-    return _AUTO if algorithm == "auto" else (RECIPES[algorithm],)
+def recipes_of(
+    algorithm: str, *, frugal: bool = False, has_bias: bool = True
+) -> tuple[Recipe, ...]:
+    """All that `algorithm`, one of `ALGORITHMS`, may do to a layer.
+
+    Args:
+        frugal: as in `solve`.
+        has_bias: whether the layer has a bias; only `frugal` asks.
+    """
+    if algorithm != "auto":
+        return (RECIPES[algorithm],)
+    return tuple(replace(each, bias=has_bias) for each in _FRUGAL) if frugal else _AUTO
 
 
 def plain(problem: LayerProblem, *, note: str = "rounding to nearest") -> Solution:
@@ -108,15 +130,15 @@ def guarded(problem: LayerProblem, candidate: Solution, held_out: torch.Tensor) 
     return plain(problem, note=note)
 
 
-def _best_prepared(problem: LayerProblem) -> Recipe:
-    """The one of `_AUTO` whose rotation and smoothing leave the least to its rounding.
+def _best_prepared(problem: LayerProblem, recipes: tuple[Recipe, ...]) -> Recipe:
+    """The one of `recipes` whose rotation and smoothing leave the least to its rounding.
 
     They are compared with rounding to nearest, which takes a fraction of the time of GPTQ.
     """
     step = max(1, len(problem.inputs) // MAX_SEARCH_TOKENS)
     sample = problem.with_inputs(problem.inputs[::step])
-    best, best_error = _AUTO[0], math.inf
-    for recipe in _candidates(problem):
+    best, best_error = recipes[0], math.inf
+    for recipe in _candidates(problem, recipes):
         error = _prepared_error(sample, recipe)
         if error < _MARGIN * best_error:
             best, best_error = recipe, error
@@ -133,11 +155,11 @@ def _prepared_error(sample: LayerProblem, recipe: Recipe) -> float:
         return math.nan
 
 
-def _candidates(problem: LayerProblem) -> list[Recipe]:
+def _candidates(problem: LayerProblem, recipes: tuple[Recipe, ...]) -> list[Recipe]:
     available = sizes(problem.num_channels)
     return [
         recipe
-        for recipe in _AUTO
+        for recipe in recipes
         # 32 is a second opinion only where something larger is tried as well.
         if not (recipe.rotation == 32 and (32 not in available or available[-1] == 32))
         and not (recipe.rotation == LARGEST and not available)

@@ -17,6 +17,7 @@ from vcompress.compress.calibration import (
     calibrate_layers,
     check_algorithm,
     extra_bits,
+    fit_to_all,
     freeze_solutions,
 )
 from vcompress.compress.context import PlanContext
@@ -151,6 +152,32 @@ def test_one_clip_cannot_be_held_out(
     assert "on 1 calibration clips" in line
 
 
+def test_what_was_accepted_is_fitted_to_the_clips_that_judged_it_too(
+    transformer: VideoModel, make_context: MakeContext
+) -> None:
+    # Every third clip, the ones that judge, is of another kind.
+    clips = two_kinds(transformer, 24, tuple(range(1, 24, 3)))
+    context = make_context(transformer, clips, target="nvfp4", algorithm="gptq")
+    name = "blocks.0.query"
+    formats = {name: "nvfp4", "head": "nvfp4"}
+    first = calibrate_layers(transformer, formats, context)
+    plain = dataclasses.replace(first["head"], tensors={}, rotation=None, note="not used")
+    final = fit_to_all(transformer, formats, {**first, "head": plain}, context)
+    assert final["head"] is plain
+    assert final[name].note == f"{first[name].note}; then fitted to all 24 clips"
+    inputs = torch.from_numpy(clips.data)
+    seen = recorded_inputs(transformer, {name}, inputs)[name].arguments[0]
+    exact = transformer.layer(name)(seen)
+    errors = [
+        float((freeze_solutions(transformer, formats, {name: each})[name](seen) - exact).norm())
+        for each in (first[name], final[name])
+    ]
+    assert errors[1] < errors[0]
+    # With one clip nothing was held out.
+    alone = dataclasses.replace(context, calibration=clips.subset([0]))
+    assert fit_to_all(transformer, formats, first, alone) == first
+
+
 def test_plain_rounding_has_nothing_to_compare(
     transformer: VideoModel, make_clips: MakeClips, make_context: MakeContext
 ) -> None:
@@ -203,3 +230,6 @@ def test_what_an_algorithm_adds_is_within_the_budget(
         search = plan.evidence["search"]
         assert isinstance(search, dict)
         assert 0.6 * bits < search["effective_bits"] <= bits
+        if algorithm == "auto":
+            # Of layers as small as these, factors cost more bits than they are worth.
+            assert not any("input_smoothing" in line.tensors for line in plan.choices.values())

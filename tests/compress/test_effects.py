@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from vcompress.calib.clips import Clips
 from vcompress.calib.observe import observe
+from vcompress.compress import effects
 from vcompress.compress.brute_force import measure_losses, reference_outputs
 from vcompress.compress.clip_choice import batches_of
 from vcompress.compress.effects import Candidates, predict_effects
@@ -248,3 +249,30 @@ def test_the_joint_loss_sees_what_cancels(wrap: Wrap, make_clips: MakeClips) -> 
     joint = found.joint_loss({"plus": "nvfp4", "minus": "nvfp4"})
     assert joint < 1e-9 * found.loss("plus", "nvfp4")
     assert found.joint_loss({"plus": "keep"}) == 0
+
+
+def test_fewer_clips_at_once_where_activations_are_large(
+    transformer: VideoModel, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = make_clips(transformer, 8)
+    candidates = candidates_of(transformer, clips, ("nvfp4", "int8"))
+    first = next(iter(clips.tensors(8)))
+    many = effects.clips_that_fit(transformer, candidates, first)
+    assert many > 8
+    batches: list[int] = []
+
+    def predicted() -> list[float]:
+        batches.clear()
+        found = predict_sensitivities(
+            transformer, candidates, clips, num_clips=8, num_probes=8, seed=0,
+            on_batch=batches.append,
+        )  # fmt: skip
+        return [found.of(name, each) or 0.0 for name in candidates for each in candidates[name]]
+
+    together = predicted()
+    assert batches == [8]
+    # So that three clips fit.
+    monkeypatch.setattr(effects, "_HELD_BYTES", int(3.5 / many * effects._HELD_BYTES))
+    apart = predicted()
+    assert batches == [3, 3, 2]
+    assert spearmanr(together, apart).statistic > 0.9
