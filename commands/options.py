@@ -207,13 +207,22 @@ plan_options = _with_options(
         "a search in its pipeline with the quantized layers; needs --min-psnr.",
     ),
     click.option(
-        "--min-psnr", type=float, metavar="DB", help="Of --cache auto: PSNR of generated clips."
+        "--dynamic-precision",
+        is_flag=True,
+        help="For a denoiser with NVFP4 layers: decide block by block and step by step which "
+        "inputs have four bits and which eight; needs --min-psnr.",
+    ),
+    click.option(
+        "--min-psnr",
+        type=float,
+        metavar="DB",
+        help="Of --cache auto and --dynamic-precision: PSNR of generated clips.",
     ),
     click.option(
         "--prompts",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Of --cache auto: one a line, or a .pt file with prompt_embeds.",
+        help="Of the same two: one a line, or a .pt file with prompt_embeds.",
     ),
     click.option(
         "--max-layer-error",

@@ -28,7 +28,9 @@ from vcompress.validate.latency import describe_device
 if TYPE_CHECKING:
     from vcompress.pipeline.cache import CacheFound
 
-__all__ = ["AMPLIFIED", "hit_map", "side_by_side", "strip", "write_report"]
+__all__ = [
+    "AMPLIFIED", "hit_map", "picture", "rate_map", "side_by_side", "strip", "write_report",
+]  # fmt: skip
 
 # How much larger a difference is shown than it is.
 AMPLIFIED = 8
@@ -66,7 +68,8 @@ def _view(found: CacheFound) -> dict[str, Any]:
     seen = "a clip" if len(found.cases) == 1 else f"{len(found.cases)} clips"
     return {
         "title": f"{found.name} \u2192 {trial.section.policy.replace('_', ' ')} cache{quantized}",
-        "result": "compressed" if found.alone else "cached",
+        "page": "cache report", "result": "compressed" if found.alone else "cached",
+        "words": {"reached": "reused", "rest": "computed", "where": "What was reused"},
         "version": vcompress.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "verdict": {
@@ -83,15 +86,18 @@ def _view(found: CacheFound) -> dict[str, Any]:
             {
                 "name": case.name, "psnr": f"{psnr:.2f}", "ssim": f"{like:.4f}",
                 "speed": f"{speed:.2f}\u00d7",
-                "video": _picture(side_by_side(full, clip, difference=True)),
-                "frames": _picture(strip(full, clip, difference=True)),
+                "video": picture(side_by_side(full, clip, difference=True)),
+                "frames": picture(strip(full, clip, difference=True)),
             }
             for case, full, clip, psnr, like, speed in zip(
                 found.cases, found.full, trial.clips, trial.psnr_db, trial.ssim, found.speed,
                 strict=True,
             )
         ],
-        "map": _map(trial.report),
+        "map": rate_map(
+            _rate(trial.report), trial.report.blocks,
+            f"{trial.report.skip_rate:.1%} of {int(trial.report.calls.sum()):,} calls were reused",
+        ),
         "families": [
             {
                 "name": one.name, "tried": one.num_trials,
@@ -178,9 +184,8 @@ def _facts(found: CacheFound) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _map(report: CacheReport) -> dict[str, Any]:
-    """The share of reused calls, a row a block and a column a step, as paths of one shade each."""
-    rate = _rate(report)
+def rate_map(rate: NDArray[np.float64], blocks: Sequence[str], what: str) -> dict[str, Any]:
+    """Shares `[blocks, steps]`, a row a block and a column a step, as paths of one shade each."""
     num_blocks, num_steps = rate.shape
     levels = np.round(_LEVELS * rate)
     drawn = []
@@ -195,8 +200,8 @@ def _map(report: CacheReport) -> dict[str, Any]:
     least, most = _ROW_PIXELS
     every = max(1, num_steps // 10)
     return {
-        "about": f"A row a block, from {report.blocks[0]} above to {report.blocks[-1]} below; a "
-        f"column a step: {report.skip_rate:.1%} of {int(report.calls.sum()):,} calls were reused.",
+        "about": f"A row a block, from {blocks[0]} above to {blocks[-1]} below; a column a step: "
+        f"{what}.",
         "width": num_steps, "height": num_blocks, "levels": drawn,
         "pixels": num_blocks * min(most, max(least, _MAP_PIXELS // num_blocks)),
         "ticks": [
@@ -287,7 +292,7 @@ def _image(pixels: NDArray[np.uint8]) -> Any:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _picture(data: bytes) -> dict[str, Any]:
+def picture(data: bytes) -> dict[str, Any]:
     """A picture in the page, and its size, so that the page does not jump."""
     from PIL import Image
 

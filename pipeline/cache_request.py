@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,24 @@ from vcompress.pipeline.cache_sampler import (
     open_sampler,
     read_prompts,
 )
-from vcompress.pipeline.cache_search import Bar, Search, Trial, run_section
+from vcompress.pipeline.cache_search import Bar, Found, Search, Trial, run_section
 from vcompress.pipeline.run import AUTO, Advance, Options, Progress
 from vcompress.spec.cache_section import CacheSection
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan
 from vcompress.validate.frames import Frames, psnr_db
 
-__all__ = ["JointSearch", "cache_request", "with_calls"]
+__all__ = ["NUM_CLIPS", "JointSearch", "cache_request", "name_in", "pipeline_of", "with_calls"]
 
-_NUM_CLIPS = 4
+NUM_CLIPS = 4
 # Of each clip; neighbouring steps say the same.
 _RECORDED_STEPS = 8
 _TRANSFORMER = "transformer"
 _REFERENCE = "reference:"
+# Targets that lose least; another one is told of the first.
+_MOST_EXACT = ("int8", "mxfp8", "mixed")
+# What a cache needs to lose below what is reached without one, to be worth a search.
+_ROOM_DB = 3.0
 
 Answer = tuple[CacheSection | None, Mapping[str, Any]]
 
@@ -59,14 +64,14 @@ def cache_request(
         section = _section_of(Path(options.cache))
         return lambda _module: (section, {"plan": options.cache})
     least = options.min_psnr
-    pipeline = _pipeline_of(source)
+    pipeline = pipeline_of(source)
     if least is None or pipeline is None:
         message = (
             "--cache auto compares generated clips: it needs --min-psnr (30, for instance), and a "
             "MODEL that is a pipeline folder of diffusers or the transformer in one"
         )
         raise InputError(message)
-    return JointSearch(pipeline, _name_in(source), Bar("psnr_db", least), options, progress)
+    return JointSearch(pipeline, name_in(source), Bar("psnr_db", least), options, progress)
 
 
 def with_calls(
@@ -74,18 +79,19 @@ def with_calls(
 ) -> Options:
     """`options` with calls for calibration, recorded to `path`.
 
-    That is done where a cache is searched without any, and for a reference pipeline, whose prompts
-    are what `--calib` names.
+    That is done where clips are generated in any case and no calls are given, and for a reference
+    pipeline, whose prompts are what `--calib` names.
     """
-    pipeline = _pipeline_of(source)
+    pipeline = pipeline_of(source)
     own = pipeline is not None and pipeline == options.calib
-    if pipeline is None or not (own or (options.cache == AUTO and options.calib is None)):
+    searches = options.cache == AUTO or options.dynamic_precision
+    if pipeline is None or not (own or (searches and options.calib is None)):
         return options
     sampler = open_sampler(pipeline)
     prompts = read_prompts(options.prompts, sampler)
     # Prompts that a cache is judged on are not among them.
-    cases, _ = make_cases(prompts, 2 * _NUM_CLIPS, options.seed)
-    denoiser = getattr(sampler.pipe, _name_in(source))
+    cases, _ = make_cases(prompts, 2 * NUM_CLIPS, options.seed)
+    denoiser = getattr(sampler.pipe, name_in(source))
     every = max(1, sampler.num_steps // _RECORDED_STEPS)
     with (
         progress.stage("record calls", len(cases)) as advance,
@@ -97,7 +103,8 @@ def with_calls(
     return replace(options, calib=str(path))
 
 
-def _name_in(source: str | VideoModel) -> str:
+def name_in(source: str | VideoModel) -> str:
+    """Which denoiser of its pipeline `source` is."""
     given = Path(str(source))
     whole = str(source).startswith(_REFERENCE) or (given / "model_index.json").is_file()
     return _TRANSFORMER if whole else given.name
@@ -129,25 +136,28 @@ class JointSearch:
         if sampler.cannot_pay is not None:
             progress.warn(sampler.cannot_pay)
             return None, {"reason": sampler.cannot_pay}
-        calibration, held_out = make_cases(prompts, _NUM_CLIPS, options.seed)
-        more = make_more(prompts, 2 * _NUM_CLIPS, options.seed)
+        calibration, held_out = make_cases(prompts, NUM_CLIPS, options.seed)
+        more = make_more(prompts, 2 * NUM_CLIPS, options.seed)
         search = Search(sampler, calibration, progress, confirm=more)
         full = [sampler.sample(case) for case in held_out]
-        # What a reused step does is measured before what is quantized adds to it.
-        search.ladders()
+        original = getattr(sampler.pipe, self._name)
         setattr(sampler.pipe, self._name, module)
-        families = search.run(bar)
-        best = families[0].best
+        without = search.alone()
+        families: list[Found] = []
+        if bar.holds(without):
+            # What a reused step does is measured without what the quantized layers add to it.
+            setattr(sampler.pipe, self._name, original)
+            search.ladders()
+            setattr(sampler.pipe, self._name, module)
+            families = search.run(bar)
+        best = families[0].best if families else None
         with progress.stage("hold out", 2 * len(held_out)) as advance:
             judged = _judge(
                 sampler, None if best is None else best.section, held_out, full, advance
             )
         alone = {"psnr_db": list(judged.alone)}
         if best is None or judged.trial is None:
-            why = (
-                f"with the quantized layers no cache holds PSNR {bar.least:g} dB; nothing is "
-                "cached: ask for less, or give the layers more bits"
-            )
+            why = _nothing_holds(without, bar.least, options)
             progress.warn(why)
             return None, {"reason": why, "held_out": alone, "precision_alone": alone}
         reached = float(np.mean(judged.trial.psnr_db))
@@ -166,6 +176,29 @@ class JointSearch:
             "bar": {bar.metric: bar.least}, "calibration": best.as_dict(),
             "held_out": judged.trial.as_dict(), "precision_alone": alone,
         }  # fmt: skip
+
+
+def _nothing_holds(alone: Sequence[float], least: float, options: Options) -> str:
+    """How far what is quantized is from the target by itself, and what to do about it."""
+    reached = float(np.mean(alone))
+    said = (
+        f"precision alone, with every step computed, is at {reached:.1f} dB "
+        f"({min(alone):.1f} to {max(alone):.1f} on {len(alone)} clips)"
+    )
+    if reached < least:
+        outcome = f"{said}, below the {least:g} dB that are asked for: no cache was searched"
+    else:
+        outcome = (
+            f"no cache holds {least:g} dB with the quantized layers: {said}, which leaves "
+            f"{reached - least:.1f} dB to lose by what is reused"
+        )
+    error = f"--max-layer-error {options.max_layer_error / 4:g} (now {options.max_layer_error:g})"
+    other = "" if options.target in _MOST_EXACT else f" or --target {_MOST_EXACT[0]}"
+    below = math.floor(min(reached, least) - _ROOM_DB)
+    return (
+        f"{outcome}; nothing is cached: give the layers more bits, by {error}{other}, or ask for "
+        f"less: --min-psnr {below}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +229,8 @@ def _judge(
     return _Judged(alone=tuple(alone), trial=trial, speed=tuple(speed))
 
 
-def _pipeline_of(source: str | VideoModel) -> str | None:
+def pipeline_of(source: str | VideoModel) -> str | None:
+    """The pipeline that `source` is or is part of, if there is one."""
     if not isinstance(source, str):
         return None
     if source.removeprefix(_REFERENCE) in REFERENCE_PIPELINES and source.startswith(_REFERENCE):

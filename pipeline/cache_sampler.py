@@ -78,12 +78,17 @@ class Sampler:
     @property
     def cannot_pay(self) -> str | None:
         """Why caching cannot pay, if so."""
-        if self.num_steps >= LEAST_STEPS and not self.is_distilled:
-            return None
-        return (
-            f"caching cannot pay in {self.num_steps} steps of a few-step (distilled) model: no two "
-            "steps are alike enough, and the first and last are always computed; nothing is cached"
-        )
+        if self.is_distilled:
+            return (
+                f"{type(self.pipe.scheduler).__name__} is for few-step (distilled) models, of "
+                "which no two steps are alike enough: caching cannot pay, and nothing is cached"
+            )
+        if self.num_steps < LEAST_STEPS:
+            return (
+                f"caching cannot pay in {self.num_steps} steps, of which no two are alike enough: "
+                f"nothing is cached; it takes {LEAST_STEPS} steps or more"
+            )
+        return None
 
     @property
     def is_distilled(self) -> bool:

@@ -140,15 +140,20 @@ class Search:
         """The clips of the full model."""
         return self._full
 
+    def alone(self) -> tuple[float, ...]:
+        """PSNR by clip of the pipeline as it is now, every step computed."""
+        with self._progress.stage("precision alone", len(self._cases)) as advance:
+            return tuple(
+                psnr_db(full, self._sampled(case, advance))
+                for full, case in zip(self._full, self._cases, strict=True)
+            )
+
     def ladders(self) -> list[Ladder]:
         """What there is to try; the first call probes what a reused step does to the clips."""
         if not self._ladders:
             folds = self._folds()
-            self._ladders = ladders(self._sampler.num_steps, self._trajectories, folds)
-            # A list is for the steps of one denoiser: of two that `compressed` gives a cache each,
-            # the second does not know how many steps the first has made.
-            if len(self._sampler.denoisers) == 1:
-                self._ladders.insert(0, self._scheduled(folds))
+            families = ladders(self._sampler.num_steps, self._trajectories, folds)
+            self._ladders = [self._scheduled(folds), *families]
         return self._ladders
 
     def run(self, bar: Bar, families: Sequence[Ladder] | None = None) -> list[Found]:
@@ -236,8 +241,8 @@ class Search:
                 others = [each for each in range(num_steps) if each != step]
                 mixture = runs.mixture_of(others)
                 trial = run_section(
-                    self._sampler, listed(num_steps, others, mixture), [self._cases[at]],
-                    [self._full[at]],
+                    self._sampler, listed(num_steps, others, mixture, runs.starts),
+                    [self._cases[at]], [self._full[at]],
                 )  # fmt: skip
                 squared = float(np.square(trial.clips[0] - self._full[at]).mean())
                 probes.append(Probe(at + 1, step, squared / max(runs.error(step, at + 1), _TINY)))

@@ -6,8 +6,9 @@ The module is of the class that the pipeline knows, built from the configuration
 with layers that hold packed weights. Its formats are simulated, which saves memory, not time; with
 `execute=True` they run on the kernels of `compress.kernels`, with `runtime="onnxruntime"` the
 exported graph runs on those of ONNX Runtime. A cache of the plan is in place and saves time;
-`pipe.transformer.vcompress_cache.report()` tells what it did. Two transformers of one run may each
-have one.
+`pipe.transformer.vcompress_cache.report()` tells what it did, and that of `vcompress_dynamic` which
+inputs had four bits, where the plan decides so from step to step. Two transformers of one run may
+each have one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 
 from vcompress.compress.cache import apply_cache
 from vcompress.compress.cache.catalog import POLICIES
+from vcompress.compress.dynamic import apply_dynamic
 from vcompress.compress.kernels import execute as kernels
 from vcompress.compress.passes import PASSES, QuantizePass
 from vcompress.compress.restore import restore_module
@@ -79,7 +81,10 @@ def compressed(
                 "execute and device"
             )
             raise InputError(message)
-        section = read_plan(plan_path)[0].cache
+        plan = read_plan(plan_path)[0]
+        if plan.dynamic_precision is not None:
+            raise InputError(_static(f"runtime={runtime!r}"))
+        section = plan.cache
         return _with_cache(
             _in_runtime(artifact, section, strict_json.read(config), runtime, threads), section
         )
@@ -88,6 +93,8 @@ def compressed(
         message = f"{path} has no weights for torch; make the artifact again"
         raise InputError(message)
     plan, tensors = read_plan(plan_path)
+    if plan.dynamic_precision is not None and execute:
+        raise InputError(_static("execute=True"))
     configuration = strict_json.read(config)
     module = empty_module(configuration)
     facts = {name: _facts(module, name) for name in plan.quantize}
@@ -110,7 +117,17 @@ def compressed(
         kernels.execute(module, device=device)
     else:
         module.to(device)
+    if plan.dynamic_precision is not None:
+        # Neither it nor a cache is a submodule: what they keep is no weight.
+        module.__dict__["vcompress_dynamic"] = apply_dynamic(module, plan.dynamic_precision)
     return _with_cache(module, plan.cache)
+
+
+def _static(asked: str) -> str:
+    return (
+        f"the plan's dynamic_precision is simulated in torch only, {asked} has one precision for "
+        "every step; load without it, or make the artifact without --dynamic-precision"
+    )
 
 
 def _in_runtime(
@@ -131,7 +148,6 @@ def _in_runtime(
 
 def _with_cache(module: nn.Module, section: CacheSection | None) -> nn.Module:
     if section is not None:
-        # No submodule: what it keeps is no weight.
         module.__dict__["vcompress_cache"] = apply_cache(module, section)
     return module
 

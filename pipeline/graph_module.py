@@ -31,6 +31,9 @@ class _Runs(Protocol):
     @property
     def output_names(self) -> tuple[str, ...]: ...
 
+    @property
+    def input_shape(self) -> tuple[int | None, ...]: ...
+
     def run_named(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]: ...
 
 
@@ -64,6 +67,7 @@ class GraphForward:
                 "record calls of the same kind, and compress the model anew"
             )
             raise InputError(message)
+        self._check_size(arrays[self.session.input_names[0]].shape)
         outputs = self.session.run_named({name: arrays[name] for name in self.session.input_names})
         first = torch.from_numpy(np.ascontiguousarray(outputs[self.session.output_names[0]]))
         if not as_output:
@@ -71,6 +75,21 @@ class GraphForward:
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         return Transformer2DModelOutput(sample=first)
+
+    def _check_size(self, given: tuple[int, ...]) -> None:
+        """Raise if the latents are of another size than the graph's."""
+        wanted = self.session.input_shape
+        if len(wanted) == len(given) and all(
+            each in (None, size) for each, size in zip(wanted, given, strict=True)
+        ):
+            return
+        readable = ", ".join("?" if size is None else str(size) for size in wanted)
+        message = (
+            f"the graph was exported for [{readable}] as {self.session.input_names[0]}, got "
+            f"{list(given)}; generate at the frames, height and width of the calls that it was "
+            "compressed with, or record calls of this size and compress the model anew"
+        )
+        raise InputError(message)
 
 
 def graph_module(config: Mapping[str, Any], session: _Runs) -> nn.Module:

@@ -14,6 +14,7 @@ from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.video import VideoModel
 from vcompress.pipeline.cache import CacheFound
 from vcompress.pipeline.cache_request import JointSearch, cache_request, with_calls
+from vcompress.pipeline.dynamic_request import DynamicFound, dynamic_request
 from vcompress.pipeline.free_axes import check_dynamic
 from vcompress.pipeline.planning import (
     apply_plan,
@@ -50,9 +51,15 @@ def quantize(
     model, output = _prepare(source, options, load, recorded)
     clips = _open_clips(model, options, recorded)
     request = cache_request(source, model, options, recorded)
-    plan, tensors = make_plan(model, clips.calibration, options, recorded, cache=request)
+    dynamic = dynamic_request(source, model, options, recorded)
+    plan, tensors = make_plan(
+        model, clips.calibration, options, recorded, cache=request, dynamic=dynamic
+    )
     found = request.found if isinstance(request, JointSearch) else None
-    return _produce(model, plan, tensors, clips, options, output, recorded, cache=found)
+    return _produce(
+        model, plan, tensors, clips, options, output, recorded, cache=found,
+        dynamic=None if dynamic is None else dynamic.found,
+    )  # fmt: skip
 
 
 def open_model_and_clips(
@@ -84,7 +91,10 @@ def write_plan(
     check_plan_output(path, force=options.force)
     model, clips = open_model_and_clips(source, options, load, recorded)
     request = cache_request(source, model, options, recorded)
-    plan, tensors = make_plan(model, clips.calibration, options, recorded, cache=request)
+    dynamic = dynamic_request(source, model, options, recorded)
+    plan, tensors = make_plan(
+        model, clips.calibration, options, recorded, cache=request, dynamic=dynamic
+    )
     return save_plan(plan, tensors, path)
 
 
@@ -135,7 +145,7 @@ def apply(
 def _produce(
     model: VideoModel, plan: CompressionPlan, tensors: ModelTensors,
     clips: ClipSets, options: Options, output: Path, progress: Recorded, *,
-    cache: CacheFound | None = None,
+    cache: CacheFound | None = None, dynamic: DynamicFound | None = None,
 ) -> Outcome:  # fmt: skip
     from vcompress.pipeline.production import produce
 
@@ -143,7 +153,7 @@ def _produce(
         planned = apply_plan(model, plan, tensors)
     return produce(
         model, planned, plan, tensors, clips, options=options, output=output, progress=progress,
-        cache=cache,
+        cache=cache, dynamic=dynamic,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from vcompress.calib.calls import Samples
 from vcompress.calib.observe import observe
 from vcompress.calib.stats import Stats
 from vcompress.compress.attention_sites import find_attentions
-from vcompress.compress.context import CacheRequest, PlanContext
+from vcompress.compress.context import CacheRequest, DynamicRequest, PlanContext
 from vcompress.compress.latency_table import LatencyTable
 from vcompress.compress.passes import PASSES, AttentionPass
 from vcompress.compress.tensors import LayerTensors, ModelTensors, flatten, unflatten
@@ -31,7 +31,7 @@ __all__ = ["apply_plan", "check_against", "empty_plan", "make_plan", "read_plan"
 
 def make_plan(
     model: VideoModel, calibration: Samples, options: Options, progress: Progress | None = None,
-    *, cache: CacheRequest | None = None,
+    *, cache: CacheRequest | None = None, dynamic: DynamicRequest | None = None,
 ) -> tuple[CompressionPlan, ModelTensors]:  # fmt: skip
     """Decide everything. Returns the plan and the calibrated tensors by layer."""
     progress = progress or Silent()
@@ -54,7 +54,7 @@ def make_plan(
             calibration=calibration, tokens=tokens, algorithm=options.algorithm,
             max_layer_error=options.max_layer_error, budget=budget, seed=options.seed,
             stage=progress.stage, warn=progress.warn, attention=options.attention, latency=table,
-            cache=cache,
+            cache=cache, dynamic=dynamic,
         )  # fmt: skip
         planned = step.plan(working, plan, context)
         step.apply(working, planned.plan, planned.tensors)

@@ -28,6 +28,8 @@ from vcompress.models.video import PrimaryOutput, VideoModel
 from vcompress.pipeline import proof as proving
 from vcompress.pipeline.cache import CacheFound
 from vcompress.pipeline.cache_report import write_report as write_cache_report
+from vcompress.pipeline.dynamic_report import write_precision_report
+from vcompress.pipeline.dynamic_request import DynamicFound
 from vcompress.pipeline.free_axes import check_second_shape, free_axes_of
 from vcompress.pipeline.planning import save_plan
 from vcompress.pipeline.record import Run, file_role, manifest_of, report_of
@@ -64,6 +66,7 @@ def produce(
     model: VideoModel, planned: VideoModel, plan: CompressionPlan,
     tensors: ModelTensors, clips: ClipSets, *,
     options: Options, output: Path, progress: Recorded, cache: CacheFound | None = None,
+    dynamic: DynamicFound | None = None,
 ) -> Outcome:  # fmt: skip
     """Make, prove and publish the artifact.
 
@@ -96,6 +99,8 @@ def produce(
         if cache is not None:
             code = f'pipe.transformer = vcompress.compressed("{output.name}/")'
             write_cache_report(cache, folder / "cache.html", code=code)
+        if dynamic is not None:
+            write_precision_report(dynamic, folder / "precision.html", artifact=output.name)
         run = Run(
             model=model, planned=planned, plan=plan, clips=clips, options=options, proof=proof,
             max_drop_points=bar, verdict=verdict, engines=built, warnings=progress.warnings,
@@ -116,8 +121,9 @@ def produce(
 
 
 def _with_generated(verdict: gate.Verdict, plan: CompressionPlan, options: Options) -> gate.Verdict:
-    """With the clips that the search for a cache has generated held to their bar."""
-    measured = plan.evidence.get("cache", {}).get("held_out")
+    """With the clips that a search has generated held to their bar: the last one's, a cache's."""
+    found = (plan.evidence.get(name, {}) for name in ("cache", "dynamic_precision"))
+    measured = next((one["held_out"] for one in found if one.get("held_out")), None)
     if options.min_psnr is None or measured is None:
         return verdict
     return gate.with_generated(verdict, measured["psnr_db"], options.min_psnr)

@@ -39,7 +39,7 @@ _ROLES = {
     "model.tensorrt.onnx": "tensorrt-onnx", "golden.npz": "golden", "proof.npz": "proof",
     "weights.safetensors": "weights", "config.json": "config",
     "labels.txt": "labels", "report.json": "report", "report.html": "report-page",
-    "cache.html": "cache-page",
+    "cache.html": "cache-page", "precision.html": "precision-page",
 }  # fmt: skip
 
 

@@ -96,6 +96,7 @@ class Options:
     min_speedup: float | None = None
     cache: str | None = None
     min_psnr: float | None = None
+    dynamic_precision: bool = False
     prompts: Path | None = None
     engine: bool = True
     dynamic: tuple[str, ...] = ()

@@ -34,9 +34,11 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "first_block": {"threshold": 0.08, "max_skips": None, "front_blocks": 1, "back_blocks": 0},
     "taylorseer": {"interval": 4, "order": 1, "compute_steps": None},
     "fixed": {"interval": 2, "compute_steps": None},
-    "forecast": {"compute_steps": (), "mixture": ()},
+    "forecast": {"compute_steps": (), "mixture": (), "starts": (0,)},
 })  # fmt: skip
 
+# Plans of one denoiser do without.
+_OPTIONAL = ("starts",)
 _COMMON = ("policy", "num_steps", "protect_first", "protect_last", "blocks")
 
 
@@ -62,6 +64,8 @@ class CacheSection:
         compute_steps: the computed steps one by one, in place of `interval`.
         mixture: for every step the weights of the last computed outputs, newest first, that stand
             for it; none where it is computed. From calibration, and for one number of steps.
+        starts: first step of every denoiser of the run, two in Wan 2.2. Steps count on from one to
+            the next.
         magnitudes: how the residual's length grows from step to step, from calibration.
         coefficients: of the polynomial, highest power first, from calibration.
         signal_range: smallest and largest change that the polynomial was fitted to.
@@ -80,6 +84,7 @@ class CacheSection:
     back_blocks: int | None = None
     compute_steps: tuple[int, ...] | None = None
     mixture: tuple[tuple[float, ...], ...] | None = None
+    starts: tuple[int, ...] | None = None
     magnitudes: tuple[float, ...] | None = None
     coefficients: tuple[float, ...] | None = None
     signal_range: tuple[float, float] | None = None
@@ -119,7 +124,9 @@ class CacheSection:
         """Read the section; everything that is wrong is an `InputError`."""
         policy = data.get("policy") if isinstance(data, dict) else None
         if isinstance(policy, str) and policy in SETTINGS:
-            check_keys(data, required=(*_COMMON, *SETTINGS[policy]), where="cache")
+            required = [name for name in SETTINGS[policy] if name not in _OPTIONAL]
+            optional = [name for name in SETTINGS[policy] if name in _OPTIONAL]
+            check_keys(data, required=(*_COMMON, *required), optional=optional, where="cache")
         elif isinstance(policy, str):
             cls(policy=policy)
         else:
@@ -207,6 +214,13 @@ def _steps(value: Any, name: str) -> None:
         _whole(step, name, least=0)
 
 
+def _starts(value: Any, name: str) -> None:
+    _steps(value, name)
+    if not value or value[0] != 0 or list(value) != sorted(set(value)):
+        message = f"cache.{name} must be rising steps from 0, got {value!r}"
+        raise InputError(message)
+
+
 _CHECKS: Mapping[str, Callable[[Any, str], None]] = MappingProxyType({
     "threshold": _threshold,
     "max_skips": lambda value, name: _whole(value, name, least=0, optional=True),
@@ -216,6 +230,7 @@ _CHECKS: Mapping[str, Callable[[Any, str], None]] = MappingProxyType({
     "back_blocks": lambda value, name: _whole(value, name, least=0),
     "compute_steps": _steps,
     "mixture": _mixture,
+    "starts": _starts,
     "magnitudes": lambda value, name: _numbers(value, name, least=0),
     "coefficients": lambda value, name: _numbers(value, name, least=1),
     "signal_range": _range,

@@ -20,6 +20,7 @@ from vcompress.spec.attention_section import (
     unknown_attentions,
 )
 from vcompress.spec.cache_section import CacheSection
+from vcompress.spec.dynamic_section import STORED, DynamicSection
 from vcompress.spec.errors import InputError
 from vcompress.spec.layer_choice import TENSOR_WORDS, LayerChoice, LayerFacts, misfits
 from vcompress.spec.strict_json import check_keys
@@ -52,6 +53,8 @@ class CompressionPlan:
             None to leave all as they are.
         tokens: token reduction, or None.
         cache: what a denoiser uses again over its steps, or None.
+        dynamic_precision: how the inputs of a denoiser's NVFP4 layers change over its steps, or
+            None.
         tensors: file beside the plan with calibrated tensors (see `TENSOR_WORDS`) and its sha256,
             or None.
     """
@@ -63,6 +66,7 @@ class CompressionPlan:
     quantize: Mapping[str, LayerChoice]
     tokens: TokenSection | None = None
     cache: CacheSection | None = None
+    dynamic_precision: DynamicSection | None = None
     attention: Mapping[str, AttentionChoice] | None = None
     tensors: Mapping[str, str] | None = None
     schema: int = field(default=SCHEMA)
@@ -77,6 +81,9 @@ class CompressionPlan:
             "evidence": dict(self.evidence),
             "tokens": None if self.tokens is None else self.tokens.as_dict(),
             "cache": None if self.cache is None else self.cache.as_dict(),
+            "dynamic_precision": None
+            if self.dynamic_precision is None
+            else self.dynamic_precision.as_dict(),
             "quantize": {name: choice.as_dict() for name, choice in self.quantize.items()},
             "attention": None
             if self.attention is None
@@ -87,7 +94,7 @@ class CompressionPlan:
     def to_json(self) -> str:
         """The plan file: one layer a line."""
         data = self.as_dict()
-        for name in ("cache", "attention"):
+        for name in ("cache", "dynamic_precision", "attention"):
             if data[name] is None:
                 # Plans that do without these sections stay as they were.
                 del data[name]
@@ -108,7 +115,7 @@ class CompressionPlan:
             data,
             required=("schema", "target", "seed", "model", "evidence", "tokens", "quantize",
                       "tensors"),
-            optional=("cache", "attention"),
+            optional=("cache", "dynamic_precision", "attention"),
             where="plan",
         )  # fmt: skip
         _check_types(
@@ -117,7 +124,7 @@ class CompressionPlan:
         )  # fmt: skip
         find_target(data["target"])
         tokens, tensors, cache = data["tokens"], data["tensors"], data.get("cache")
-        attention = data.get("attention")
+        attention, dynamic = data.get("attention"), data.get("dynamic_precision")
         if tensors is not None:
             check_keys(tensors, required=("file", "sha256"), where="tensors")
             _check_types(tensors, {"file": str, "sha256": str}, where="tensors")
@@ -132,6 +139,7 @@ class CompressionPlan:
             },
             tokens=None if tokens is None else TokenSection.from_dict(tokens),
             cache=None if cache is None else CacheSection.from_dict(cache),
+            dynamic_precision=None if dynamic is None else DynamicSection.from_dict(dynamic),
             attention=None if attention is None else read_attention(attention),
             tensors=tensors,
         )
@@ -221,9 +229,25 @@ def check_plan(
             for name in plan.cache.blocks
             if name not in blocks
         ]
+    if plan.dynamic_precision is not None:
+        problems += _without_layers(plan, blocks)
     if problems:
         message = "the plan does not fit the model:\n  " + "\n  ".join(problems)
         raise InputError(message)
+
+
+def _without_layers(plan: CompressionPlan, blocks: tuple[str, ...]) -> list[str]:
+    """Blocks of the section `dynamic_precision` that are not there, or have no layer to change."""
+    assert plan.dynamic_precision is not None
+    stored = [name for name, choice in plan.quantize.items() if choice.format == STORED]
+    problems = []
+    for block in plan.dynamic_precision.blocks:
+        where = f"dynamic_precision.blocks: {block}"
+        if block not in blocks:
+            problems.append(f"{where} is no block{strict_json.nearest(block, blocks)}")
+        elif not any(name.startswith(f"{block}.") for name in stored):
+            problems.append(f"{where} has no layer in {STORED} that could change; take it out")
+    return problems
 
 
 def _other_clips(planned: Any, clip: Mapping[str, Any]) -> list[str]:

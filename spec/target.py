@@ -51,6 +51,10 @@ TARGETS: dict[str, Target] = {
         hardware="every NVIDIA GPU since Turing, and CPUs", attention=("int8",),
         attention_by_name=("int8_keep",),
     ),
+    "int8_token": Target(
+        name="int8_token", formats=("int8_token", FLOAT), engine_sm=("120",),
+        hardware="CPUs with OpenVINO: a scale for every token, more exact than INT8; no ranges",
+    ),
     "int4": Target(
         name="int4", formats=("int4_g128", "int4_g64", "int4_g32", FLOAT), engine_sm=("120",),
         hardware="NVIDIA GPUs where reading weights is what takes the time; inputs stay float",

@@ -14,7 +14,7 @@ from vcompress.compress.cache.gates import ForwardGate
 from vcompress.spec.cache_section import CacheSection
 from vcompress.spec.errors import InputError
 
-__all__ = ["Denoisers", "apply_cache", "denoisers_of"]
+__all__ = ["Denoisers", "apply_cache", "cache_of", "denoisers_of"]
 
 Denoisers = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
 
@@ -47,10 +47,18 @@ def apply_cache(
     cached = Cached(
         section.policy, denoisers, lambda num_steps: build_policy(section, num_steps),
         section.num_steps, lambda num_steps: _notes(section, num_steps),
+        shared_by=len(section.starts or ()),
     )  # fmt: skip
     if scheduler is not None:
         cached.follow(scheduler)
     return cached
+
+
+def cache_of(module: nn.Module) -> Cached | None:
+    """The cache that is applied to `module`, if there is one."""
+    gate = vars(module).get("forward")
+    owner = gate.owner if isinstance(gate, ForwardGate) else None
+    return owner if isinstance(owner, Cached) else None
 
 
 def denoisers_of(

@@ -12,9 +12,10 @@ from vcompress.compress.cache.clock import Clock, Tick
 from vcompress.compress.cache.denoiser import Denoiser, ModelCall
 from vcompress.compress.cache.gates import ForwardGate, SchedulerGate, install, uninstall
 from vcompress.compress.cache.moment import Moment
-from vcompress.compress.cache.policies.base import Policy, State, relative_l1
+from vcompress.compress.cache.place import place
+from vcompress.compress.cache.policies.base import Policy, State
 from vcompress.compress.cache.report import CacheReport, Tally
-from vcompress.compress.cache.state import BranchState, same
+from vcompress.compress.cache.state import BranchState
 from vcompress.compress.cache.walk import BlockCall, Walk
 from vcompress.compress.cache.whole import WholeModel
 from vcompress.models.video import primary_output
@@ -22,9 +23,6 @@ from vcompress.spec.cache_section import LEAST_STEPS
 from vcompress.spec.errors import InputError
 
 __all__ = ["Cached", "Listener"]
-
-# Independent noise moves a latent by 1.4 of its size, a step of a sampler by 0.02 to 0.4.
-_JUMP = 0.5
 
 # Denoiser, branch, generation, step, the state of the policy's rule after it, and the output.
 Listener = Callable[[str, str, int, int, State, torch.Tensor], None]
@@ -43,9 +41,16 @@ class Cached:
     def __init__(
         self, name: str, denoisers: Mapping[str, Denoiser], build: Callable[[int], Policy],
         num_steps: int | None, notes: Callable[[int], tuple[str, ...]] = lambda _: (),
-        listener: Listener | None = None,
+        listener: Listener | None = None, *, shared_by: int = 1,
     ) -> None:  # fmt: skip
-        """For `apply_cache`; `build` makes the policy for a number of steps, `notes` what of it."""
+        """For `apply_cache`.
+
+        Args:
+            build, notes: make the policy for a number of steps, and say what there is to it.
+            shared_by: denoisers over which steps count on. Where this cache has fewer, steps are
+                known only from a pipeline that tells them.
+        """
+        self._shared_by = shared_by
         self._name, self._build, self._notes, self._listener = name, build, notes, listener
         self._denoisers = list(denoisers.values())
         self._section_steps, self._told_steps = num_steps, None
@@ -150,7 +155,8 @@ class Cached:
         call = denoiser.read(gate, positional, keywords)
         num_steps = self._num_steps(denoiser)
         policy = self._policies.setdefault(num_steps, self._build(num_steps))
-        is_active = num_steps >= LEAST_STEPS or self._listener is not None
+        is_active = self._is_placed(denoiser) and num_steps >= LEAST_STEPS
+        is_active = is_active or self._listener is not None
         try:
             tick = self._place(denoiser, call)
             self._note(denoiser, num_steps, tick, is_active=is_active)
@@ -203,6 +209,10 @@ class Cached:
         branch.was_reused[place] = is_hit
         return output
 
+    def _is_placed(self, denoiser: Denoiser) -> bool:
+        """Whether its steps can be counted."""
+        return denoiser.told_step is not None or len(self._denoisers) >= self._shared_by
+
     def _num_steps(self, denoiser: Denoiser) -> int:
         told = denoiser.told_num_steps or self._told_steps or self._section_steps
         if told is None:
@@ -214,19 +224,9 @@ class Cached:
         return told
 
     def _place(self, denoiser: Denoiser, call: ModelCall) -> Tick:
-        told, context = denoiser.told_step, denoiser.context
-        tick = self._clock.tick(call.timestep, context, told)
-        if not tick.is_start:
-            known = denoiser.branches.get(tick.branch)
-            reason = None if known is None else _foreign(known, call)
-            if known is None and context is None:
-                # The branches of one step share their latent.
-                first = denoiser.branches.get("call 1")
-                reason = None if first is None else _new_noise(first, call)
-            if reason is not None:
-                note = f"a generation was taken to start at step {tick.step}, since {reason}"
-                self._tally.notes[note] = None
-                tick = self._clock.restart(call.timestep, context, told)
+        tick, note = place(self._clock, denoiser, call)
+        if note is not None:
+            self._tally.notes[note] = None
         if tick.is_start:
             for each in self._denoisers:
                 each.branches = {}
@@ -235,7 +235,13 @@ class Cached:
 
     def _note(self, denoiser: Denoiser, num_steps: int, tick: Tick, *, is_active: bool) -> None:
         notes = [*self._notes(num_steps)]
-        if not is_active:
+        if not self._is_placed(denoiser):
+            notes.append(
+                f"the steps count on over {self._shared_by} denoisers, and the pipeline does not "
+                "tell where this one begins, so everything is computed; call "
+                "vcompress.cached(pipe, ...), which gives them one cache"
+            )
+        elif not is_active:
             notes.append(
                 f"caching cannot pay in {num_steps} steps, of which no two are alike; everything "
                 f"is computed below {LEAST_STEPS}"
@@ -282,24 +288,3 @@ class Cached:
             num_steps=num_steps, is_protected=now, after_reuse=after_reuse,
             is_writing=num_steps >= LEAST_STEPS and not then,
         )  # fmt: skip
-
-
-def _foreign(branch: BranchState, call: ModelCall) -> str | None:
-    """Why `call` is not of the generation that `branch` is from, or None."""
-    if branch.conditions.keys() != call.conditions.keys():
-        return "the model was called with other arguments"
-    for name, value in call.conditions.items():
-        if not same(branch.conditions[name], value):
-            return f"{name} changed"
-    return _new_noise(branch, call)
-
-
-def _new_noise(branch: BranchState, call: ModelCall) -> str | None:
-    """Why the latent of `call` does not go on from that of `branch`, or None."""
-    old, new = branch.latent, call.latent
-    assert old is not None
-    if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
-        return "the latent had another shape, type or device"
-    if float(relative_l1(new, old)) > _JUMP:
-        return "the latent jumped as only new noise does"
-    return None

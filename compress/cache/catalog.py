@@ -37,6 +37,8 @@ def build_policy(section: CacheSection, num_steps: int) -> Policy:
     A list of steps is for one number of steps; in a run of another everything is computed.
     """
     settings: dict[str, Any] = {name: getattr(section, name) for name in SETTINGS[section.policy]}
+    # Who counts the steps is no matter of the policy.
+    settings.pop("starts", None)
     if "magnitudes" in settings:
         settings["magnitudes"] = resampled(settings["magnitudes"], num_steps)
     if not is_for(section, num_steps):

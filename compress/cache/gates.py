@@ -35,6 +35,12 @@ class ForwardGate:
         # `inspect.signature` follows it, as pipelines that look for an argument do.
         self.__wrapped__ = run
 
+    @property
+    def owner(self) -> object:
+        """Whose method receives the calls, found anew in a copy."""
+        receive = getattr(self._receive, "receive", self._receive)
+        return getattr(receive, "__self__", None)
+
     def __call__(self, *positional: Any, **keywords: Any) -> Any:
         """Hand the call over."""
         return self._receive(self, positional, keywords)

@@ -103,12 +103,13 @@ def _others(trajectories: Sequence[Trajectory], left_out: Sequence[int]) -> Sequ
 
 
 def listed(
-    num_steps: int, steps: Sequence[int], mixture: Sequence[tuple[float, ...]]
-) -> CacheSection:
-    """Exactly `steps` are computed, the others are mixtures."""
+    num_steps: int, steps: Sequence[int], mixture: Sequence[tuple[float, ...]],
+    starts: Sequence[int] = (0,),
+) -> CacheSection:  # fmt: skip
+    """Exactly `steps` are computed, the others are mixtures; `starts` are those of denoisers."""
     return CacheSection(
         policy="forecast", num_steps=num_steps, protect_first=0, protect_last=0,
-        compute_steps=tuple(steps), mixture=tuple(mixture),
+        compute_steps=tuple(steps), mixture=tuple(mixture), starts=tuple(starts),
     )  # fmt: skip
 
 
@@ -125,13 +126,13 @@ def schedules(runs: Runs, probes: Sequence[Probe], folds: Folds = ()) -> Ladder:
 
     of_all, others = cheapest(()), [cheapest(left_out) for left_out in folds]
     counts = sorted((count for count in of_all if count < runs.num_steps), reverse=True)
-    rungs = tuple(_section(of_all[count]) for count in counts)
-    refits = tuple(tuple(_section(one[count]) for one in others) for count in counts)
+    rungs = tuple(_section(of_all[count], runs) for count in counts)
+    refits = tuple(tuple(_section(one[count], runs) for one in others) for count in counts)
     return Ladder("schedule", rungs, refits if others else ())
 
 
-def _section(found: Schedule) -> CacheSection:
-    return listed(len(found.mixture), found.compute_steps, found.mixture)
+def _section(found: Schedule, runs: Runs) -> CacheSection:
+    return listed(runs.num_steps, found.compute_steps, found.mixture, runs.starts)
 
 
 def evenly_spread(num_steps: int, count: int, first: int) -> tuple[int, ...]:

@@ -98,6 +98,7 @@ def execute(
         return None
 
     _swap(module, made)
+    _share_rotations(module)
     report = tuple(_lines(module))
     if not report:
         message = (
@@ -124,6 +125,15 @@ def _swap(module: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -> N
         other = made[each]
         if other is not None:
             setattr(parent, child, other)
+
+
+def _share_rotations(module: nn.Module) -> None:
+    """Let layers that rotate by the same matrix hold one, not one each."""
+    shared: dict[tuple[int, torch.device], torch.Tensor] = {}
+    for each in module.modules():
+        if isinstance(each, FrozenLayer) and each.rotation is not None:
+            key = (len(each.rotation), each.rotation.device)
+            each.rotation = shared.setdefault(key, each.rotation)
 
 
 def _lines(module: nn.Module) -> list[LayerKernel]:

@@ -25,6 +25,7 @@ from vcompress.pipeline.compressed import compressed
 from vcompress.pipeline.revalidate import validate
 from vcompress.spec.artifact import Artifact
 from vcompress.spec.cache_section import CacheSection
+from vcompress.spec.dynamic_section import DynamicSection, ErrorLine
 from vcompress.spec.errors import InputError
 
 # What diffusers and torch say of themselves.
@@ -125,6 +126,38 @@ def test_the_cache_of_a_plan_runs_in_the_pipeline(zoo: Any, tmp_path: Path) -> N
         again = generate(pipe, 1, num_steps=10)
     assert set(handle.report().blocks) >= {"transformer.blocks.0", "transformer_2.blocks.0"}
     assert torch.isfinite(again).all()
+
+
+def test_the_precision_of_a_plan_changes_in_the_pipeline(zoo: Any, tmp_path: Path) -> None:
+    model = zoo.load(WAN)
+    section = DynamicSection(
+        signal="moved", threshold=0.5, num_steps=10, protect_last=1,
+        blocks={name: ErrorLine(alpha=1.0, beta=0.0) for name in model.blocks},
+    )  # fmt: skip
+    artifact_of(
+        model, zoo.calls(WAN), "nvfp4", tmp_path / "out", dynamic=section,
+        cache=CacheSection(policy="fixed", interval=3, num_steps=10),
+    )  # fmt: skip
+    module = compressed(tmp_path / "out")
+    pipe = pipeline(module, module)
+    pipe.register_modules(transformer_2=None)
+    pipe.register_to_config(boundary_ratio=None)
+    latents = generate(pipe, 1, num_steps=10)
+    report = module.vcompress_dynamic.report()
+    assert report.num_generations == module.vcompress_cache.report().num_generations == 1
+    reused = module.vcompress_cache.report().hits > 0
+    rate = report.rate()
+    # What was left out did no work; behind it, in the first step and in the last all is fine.
+    assert (report.work.sum(-1) == 0)[reused].all()
+    fine = [0, 9, *(step + 1 for step in range(9) if reused[0, step] and not reused[0, step + 1])]
+    assert (rate[:, fine] == 0).all()
+    assert report.share > 0
+    assert report.pinned > 0
+    assert torch.equal(generate(pipe, 1, num_steps=10), latents)
+    assert module.vcompress_dynamic.report().work.tolist() == (2 * report.work).tolist()
+    for keywords in ({"runtime": "onnxruntime"}, {"execute": True}):
+        with pytest.raises(InputError, match="simulated in torch only"):
+            compressed(tmp_path / "out", **keywords)
 
 
 def test_weights_go_back_to_the_type_that_they_came_in(zoo: Any, tmp_path: Path) -> None:

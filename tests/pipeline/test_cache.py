@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from vcompress.benchmarks.denoiser_zoo import build
-from vcompress.compress.cache import CacheSection, Trajectory
+from vcompress.compress.cache import CacheSection, Trajectory, apply_cache
 from vcompress.compress.cache.ladder import evenly_spread, ladders
 from vcompress.models.load import load_model
 from vcompress.pipeline.cache import cached, find_cache
-from vcompress.pipeline.cache_request import cache_request
+from vcompress.pipeline.cache_request import JointSearch, cache_request
 from vcompress.pipeline.cache_sampler import Case, Sampler, make_cases, read_prompts
 from vcompress.pipeline.cache_search import Bar, Search, lower_bound, run_section
 from vcompress.pipeline.order import write_plan
-from vcompress.pipeline.run import Options, Silent
+from vcompress.pipeline.run import Options, Recorded, Silent
 from vcompress.spec.errors import InputError
 from vcompress.spec.plan import CompressionPlan
 from vcompress.validate.frames import psnr_db, ssim
@@ -93,10 +93,69 @@ def test_a_cache_is_planned_with_the_quantized_layers(
     assert CompressionPlan.load(tmp_path / "plan.json").cache == plan.cache
 
 
+def test_precision_alone_below_the_target_ends_the_search(
+    sampler: Sampler, prompts: Path, tmp_path: Path
+) -> None:
+    sampler.pipe.save_pretrained(tmp_path / "wan")
+    stored = torch.load(prompts)
+    torch.save({**stored, **SIZE, "num_inference_steps": 8}, tmp_path / "prompts.pt")
+    options = Options(
+        target="nvfp4", cache="auto", min_psnr=90, prompts=tmp_path / "prompts.pt",
+        max_layer_error=0.2,
+    )  # fmt: skip
+    told = Recorded(Silent())
+    search = JointSearch(str(tmp_path / "wan"), "transformer", Bar("psnr_db", 90), options, told)
+    coarse = build("WanTransformer3DModel")
+    with torch.no_grad():
+        coarse.get_parameter("patch_embedding.weight").mul_(1.05)
+    section, evidence = search(coarse)
+    assert (section, search.found) == (None, None)
+    assert "precision alone, with every step computed, is at" in evidence["reason"]
+    assert "no cache was searched" in evidence["reason"]
+    assert "--max-layer-error 0.05 (now 0.2) or --target int8" in evidence["reason"]
+    assert told.warnings == [evidence["reason"]]
+    # What the artifact is judged by is that of the held-out clips.
+    assert max(evidence["held_out"]["psnr_db"]) < 90
+
+
 def test_a_cache_is_for_denoisers(tmp_path: Path) -> None:
     model = load_model("reference:penvideo20")
     with pytest.raises(InputError, match="is for denoisers"):
         cache_request(model, model, Options(cache="auto", min_psnr=30), Silent())
+
+
+def test_two_transformers_share_one_schedule(prompts: Path, tmp_path: Path) -> None:
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    scheduler = UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    both = [build("WanTransformer3DModel") for _ in range(2)]
+    with torch.no_grad():
+        # What they return differs, so that nothing of one can stand for the other.
+        both[1].proj_out.weight.mul_(-1.5)  # type: ignore[union-attr, operator]
+    pipe: Any = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=both[0],
+        transformer_2=both[1], boundary_ratio=0.7,
+    )  # fmt: skip
+    two = Sampler(pipe, name="two", num_steps=10, call=SIZE)
+    case = Case(read_prompts(prompts, two)[0], 0)
+    search = Search(two, [case], Silent())
+    schedule = search.ladders()[0]
+    (best,) = search.run(Bar("psnr_db", 30.0), [schedule])
+    assert best.best is not None
+    section = best.best.section
+    assert section.starts is not None
+    assert section.compute_steps is not None
+    first, second = section.starts
+    assert first == 0 < second < 10
+    # Nothing is carried over: the second transformer begins with a step that it computes.
+    assert second in section.compute_steps
+    assert best.best.psnr_db[0] >= 30
+    assert best.best.report.skip_rate == 1 - len(section.compute_steps) / 10
+    # The pipeline of Wan tells its steps, so that each finds its part alone as well.
+    with apply_cache(both[0], section), apply_cache(both[1], section):
+        np.testing.assert_array_equal(two.sample(case), best.best.clips[0])
 
 
 def test_few_steps_are_not_cached(sampler: Sampler, prompts: Path, tmp_path: Path) -> None:

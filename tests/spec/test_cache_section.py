@@ -23,6 +23,9 @@ def test_weights_of_steps_survive_their_file() -> None:
     section = CacheSection(policy="forecast", compute_steps=(0,), mixture=((), (1.0,), (2.0, -1.0)))
     data = json.loads(json.dumps(section.as_dict()))
     assert CacheSection.from_dict(data) == section
+    # Plans of before there was a second denoiser have one.
+    del data["starts"]
+    assert CacheSection.from_dict(data) == section
 
 
 def test_a_setting_that_the_policy_would_ignore_is_an_error() -> None:
@@ -60,6 +63,8 @@ def test_a_wrong_value_is_an_input_error(change: dict[str, Any]) -> None:
         ("first_block", {"front_blocks": 0}), ("fixed", {"compute_steps": [1.5]}),
         ("magcache", {"magnitudes": 3}), ("forecast", {"mixture": [1.0]}),
         ("forecast", {"mixture": [[1.0, 2.0, 3.0, 4.0]]}), ("forecast", {"mixture": [["a"]]}),
+        ("forecast", {"starts": []}), ("forecast", {"starts": [1, 4]}),
+        ("forecast", {"starts": [0, 4, 4]}), ("forecast", {"starts": 0}),
     ],
 )  # fmt: skip
 def test_so_is_one_of_another_policy(policy: str, change: dict[str, Any]) -> None:

@@ -52,5 +52,5 @@ def test_only_static_scales_need_a_range() -> None:
 
 
 def test_an_unknown_target_lists_the_known() -> None:
-    with pytest.raises(InputError, match="choose one of: nvfp4, fp8, int8, int4, mxfp8, mixed"):
+    with pytest.raises(InputError, match="choose one of: nvfp4, fp8, int8, int8_token, int4"):
         find_target("fp4")

@@ -44,6 +44,27 @@ def test_a_batch_of_both_branches_is_one(ramp: Any) -> None:
     assert module.num_runs == [1, 1, 1]
 
 
+def test_steps_that_count_on_over_two_denoisers_need_to_be_told(ramp: Any) -> None:
+    shared = CacheSection(
+        policy="forecast", compute_steps=(0, 4), starts=(0, 4), **FREE,
+        mixture=((), (1,), (1,), (1,), (), (1,), (1,), (1,), (1,)),
+    )  # fmt: skip
+    second = ramp([1.0] * 9)
+    cached = apply_cache(second, shared)
+    # Alone it would take its first steps for those of the run.
+    assert second.run() == "3" * 9
+    with pytest.warns(UserWarning, match="count on over 2 denoisers"):
+        cached.report()
+    cached.remove()
+    first = ramp([1.0] * 9)
+    together = apply_cache([first, second], shared)
+    before = sum(first.num_runs) + sum(second.num_runs)
+    for step in range(9):
+        call(first if step < 4 else second, 1000 - step)
+    assert sum(first.num_runs) + sum(second.num_runs) - before == 6
+    assert together.report().hits.any()
+
+
 def test_a_new_generation_starts_afresh(ramp: Any) -> None:
     module = ramp([1.0] * 9)
     apply_cache(module, ALWAYS)
