@@ -215,6 +215,9 @@ def _target(target: Target, gpus: tuple[Gpu, ...]) -> Capability:
     runs = [gpu.name for gpu in gpus if _runs_engine(gpu, first, buildable)]
     if first == "int8" and util.find_spec("onnxruntime") is not None:
         runs.append("this processor with ONNX Runtime")
+    # ONNX Runtime multiplies these in float: the scales stand between the codes and the product.
+    if first == "int8_token" and util.find_spec("openvino") is not None:
+        runs.append("this processor with OpenVINO")
     name, detail = f"target {target.name}", f"builds: {builds}; runs on: {_listed(runs)}"
     if runs:
         return Capability(name=name, status="works", detail=detail)

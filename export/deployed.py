@@ -74,6 +74,19 @@ def _onnxruntime(artifact: Artifact, provider: str | None, threads: int | None) 
     )
 
 
+def _onnxruntime_cuda(artifact: Artifact, provider: str | None, threads: int | None) -> Session:
+    from vcompress.export.runtime import open_session
+
+    path = artifact.file("cuda-onnx")
+    if path is None:
+        message = (
+            f"{artifact.path} has no graph for ONNX Runtime on CUDA; add it: vcompress export "
+            f"{artifact.path} --runtime onnxruntime-cuda"
+        )
+        raise InputError(message)
+    return open_session(path, providers=(provider or "CUDAExecutionProvider",), threads=threads)
+
+
 def _openvino(artifact: Artifact, provider: str | None, threads: int | None) -> Session:
     from vcompress.export.openvino_runtime import open_openvino
 
@@ -82,9 +95,21 @@ def _openvino(artifact: Artifact, provider: str | None, threads: int | None) -> 
     return open_openvino(path, device=provider or "CPU", threads=threads)
 
 
+def _engine(runtime: str) -> Callable[[Artifact, str | None, int | None], Session]:
+    def opened(artifact: Artifact, provider: str | None, _threads: int | None) -> Session:
+        from vcompress.export.engine_runtime import open_engine
+
+        return open_engine(artifact, runtime, provider)
+
+    return opened
+
+
 _OPENERS: Mapping[str, Callable[[Artifact, str | None, int | None], Session]] = {
     "onnxruntime": _onnxruntime,
+    "onnxruntime-cuda": _onnxruntime_cuda,
     "openvino": _openvino,
+    "tensorrt-rtx": _engine("tensorrt-rtx"),
+    "tensorrt": _engine("tensorrt"),
 }
 RUNTIMES = tuple(_OPENERS)
 

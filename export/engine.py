@@ -32,6 +32,7 @@ __all__ = [
     "build_command",
     "build_engine",
     "library_version",
+    "own_sm",
     "supported_sms",
 ]
 
@@ -99,7 +100,7 @@ def supported_sms(runtime: str = "tensorrt-rtx") -> tuple[str, ...]:
         library = engine_worker.load_library(runtime)
     except ImportError:
         return ()
-    return engine_worker.compute_capabilities(library) if runtime == "tensorrt-rtx" else _own_sm()
+    return engine_worker.compute_capabilities(library) if runtime == "tensorrt-rtx" else own_sm()
 
 
 def build_command(
@@ -186,14 +187,30 @@ def _tensor_facts(tensors: list[dict[str, Any]]) -> tuple[TensorFacts, ...]:
     )
 
 
-def _own_sm() -> tuple[str, ...]:
-    """Compute capability of the GPU of this machine."""
-    import torch
+def own_sm() -> tuple[str, ...]:
+    """Compute capability of the GPU of this machine; empty where there is none.
 
+    Asked of torch, or of cuda-bindings on a device that has no torch.
+    """
+    try:
+        import torch
+    except ImportError:
+        return _sm_without_torch()
     if not torch.cuda.is_available():
         return ()
     major, minor = torch.cuda.get_device_capability()
     return (f"{major}{minor}",)
+
+
+def _sm_without_torch() -> tuple[str, ...]:
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        return ()
+    error, facts = runtime.cudaGetDeviceProperties(0)
+    if error != runtime.cudaError_t.cudaSuccess:
+        return ()
+    return (f"{facts.major}{facts.minor}",)
 
 
 def _require_builder(runtime: str, sm: str, elsewhere: str) -> None:

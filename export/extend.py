@@ -20,11 +20,13 @@ import onnx
 from vcompress.calib.preprocess import to_frames, to_model_input
 from vcompress.export import engine as engines
 from vcompress.export.deployed import open_deployed
+from vcompress.export.dialects.onnxruntime_cuda import for_onnxruntime_cuda
 from vcompress.export.dialects.openvino import for_openvino
 from vcompress.export.fold_input import fold_input, folded_clip
 from vcompress.export.manifest import GOLDEN_INPUTS, INPUT_NAME
 from vcompress.export.publish import staged_directory, write_manifest
 from vcompress.export.readback import read_precision
+from vcompress.export.runtime import CPU, in_float16
 from vcompress.export.shape_profiles import ShapeProfile, profiles_around
 from vcompress.spec.artifact import Artifact
 from vcompress.spec.clip import ClipSpec, Layout
@@ -32,9 +34,11 @@ from vcompress.spec.errors import BuildError, InputError, MissingCapabilityError
 
 __all__ = ["RUNTIMES", "Extension", "export_runtime", "export_with_input", "require_formats"]
 
-RUNTIMES = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
+RUNTIMES = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
 OPENVINO_FILE = "model.openvino.onnx"
+CUDA_FILE = "model.cuda.onnx"
 GRAPH_ROLES = ("onnx", "tensorrt-onnx", "openvino-onnx")
+_LARGEST_CUDA_BYTES = 1_800_000_000
 # The first GPUs with tensor cores for a format: Ada, and Blackwell.
 _LEAST_SM = {
     "fp8": 89, "fp8_channel": 89, "nvfp4": 100, "mxfp8": 100, "mxfp4": 100,
@@ -98,6 +102,8 @@ def export_runtime(path: Path, runtime: str, *, sm: str = "120") -> Extension:
     written = False
     if runtime == "openvino" and artifact.file("openvino-onnx") is None:
         artifact, written = _with_openvino(artifact), True
+    if runtime == "onnxruntime-cuda":
+        return _cuda(artifact)
     role = "onnx" if runtime == "onnxruntime" else "openvino-onnx"
     file = graph_file(artifact, role)
     deployed = open_deployed(path, runtime=runtime)
@@ -150,10 +156,53 @@ def _engine(artifact: Artifact, runtime: str, sm: str) -> Extension:
         library = "TensorRT-RTX" if runtime == "tensorrt-rtx" else "TensorRT"
         about = {"runtime": library, "version": facts.version, "sm": sm}
         _add(artifact, made, "engine", about)
+    # An engine for the GPU of this machine is run; for others nothing here can.
+    deployed = (
+        open_deployed(artifact.path, runtime=runtime)
+        if sm in engines.own_sm() and artifact.manifest["clip"] is not None
+        else None
+    )
     return Extension(
-        path=artifact.path, file=name, written=True, runtime=runtime, kernels={},
-        golden_relative_l2=None, formats=Counter(read_precision(source).formats.values()),
+        path=artifact.path, file=name, written=True, runtime=runtime,
+        kernels={} if deployed is None else deployed.session.kernels(),
+        golden_relative_l2=None if deployed is None else deployed.check(),
+        formats=Counter(read_precision(source).formats.values()),
         facts=facts.as_dict(),
+    )  # fmt: skip
+
+
+def _cuda(artifact: Artifact) -> Extension:
+    """Four-bit weights in float16 for ONNX Runtime on CUDA; the golden clips run on the CPU."""
+    source = graph_file(artifact, "tensorrt-onnx")
+    counts = Counter(read_precision(source).formats.values())
+    four_bits = {name: count for name, count in counts.items() if name.startswith("int4")}
+    others = ", ".join(
+        f"{count} {name}" for name, count in counts.items() if name not in (*four_bits, "float")
+    )
+    if others or not four_bits:
+        message = (
+            "ONNX Runtime on CUDA has no products of integers or of FP8 and FP4 inputs, and this "
+            f"artifact has layers in {others or 'float alone'}; make it again with --target int4 "
+            "(W4A16), or build an engine: --runtime tensorrt-rtx or tensorrt"
+        )
+        raise MissingCapabilityError(message)
+    with tempfile.TemporaryDirectory(prefix="vcompress-") as folder:
+        made = Path(folder) / CUDA_FILE
+        model = in_float16(for_onnxruntime_cuda(onnx.load(source)))
+        if model.ByteSize() > _LARGEST_CUDA_BYTES:
+            message = (
+                f"{CUDA_FILE} would have {model.ByteSize() / 1e9:.1f} GB, and such a graph can "
+                "have 1.8; build an engine: --runtime tensorrt"
+            )
+            raise BuildError(message)
+        onnx.save(model, made)
+        (opset,) = (each.version for each in model.opset_import if each.domain == "")
+        _add(artifact, made, "cuda-onnx", {"opset": opset, "dialect": "onnxruntime-cuda"})
+    deployed = open_deployed(artifact.path, runtime="onnxruntime-cuda", provider=CPU)
+    return Extension(
+        path=artifact.path, file=CUDA_FILE, written=True, runtime="onnxruntime-cuda",
+        kernels=deployed.session.kernels(), golden_relative_l2=deployed.check(), formats=counts,
+        facts={},
     )  # fmt: skip
 
 

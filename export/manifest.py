@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import vcompress
-from vcompress.export.graph import GraphFacts
-from vcompress.models.video import VideoModel
 from vcompress.spec.artifact import SCHEMA
 from vcompress.spec.call import CallSpec
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.plan import CompressionPlan
+
+if TYPE_CHECKING:
+    # They import torch, which a device that only builds engines does without.
+    from vcompress.export.graph import GraphFacts
+    from vcompress.models.video import VideoModel
 
 __all__ = ["GOLDEN_INPUTS", "INPUT_NAME", "OUTPUT_NAME", "build_manifest", "onnx_metadata"]
 

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     import onnx
 
 __all__ = [
+    "CPU",
     "INTEGER_KERNELS",
     "Session",
     "available_providers",
+    "in_float16",
     "open_session",
     "run_with_internal_values",
     "usable_threads",
@@ -218,6 +220,17 @@ class Session:
             _create(library, self._path, options, self.providers)
             graph = onnx.load(optimized, load_external_data=False).graph
         return dict(sorted(Counter(_operators(graph)).items()))
+
+
+def in_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` in float16 behind its inputs and before its outputs, by ONNX Runtime's own tool."""
+    _library()
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    converted: onnx.ModelProto = convert_float_to_float16(
+        model, keep_io_types=True, disable_shape_infer=True, force_fp16_initializers=True
+    )
+    return converted
 
 
 def run_with_internal_values(

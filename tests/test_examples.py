@@ -1,9 +1,11 @@
-"""The examples say what the command line takes."""
+"""The examples say what the command line takes, and use what is there."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +44,20 @@ def test_the_command_line_takes_what_the_workflow_says(words: list[str]) -> None
     with click.Context(command) as context:
         command.parse_args(context, words[1:])
     assert context.params
+
+
+PROGRAMS = {path.name: path.read_text() for path in EXAMPLES.glob("*.py")}
+
+
+@pytest.mark.parametrize("name", sorted(PROGRAMS))
+def test_a_program_uses_what_is_there(name: str) -> None:
+    tree = ast.parse(PROGRAMS[name])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vcompress"):
+            module = import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names)
+    for line in (ast.get_docstring(tree) or "").splitlines():
+        if line.strip().startswith("vcompress "):
+            words = shlex.split(line)[1:]
+            with click.Context(cli.commands[words[0]]) as context:
+                cli.commands[words[0]].parse_args(context, words[1:])

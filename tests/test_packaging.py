@@ -107,8 +107,8 @@ def test_the_readme_has_the_two_commands_that_ci_reads() -> None:
 def test_every_imported_library_is_declared() -> None:
     """Optional ones in an extra: nothing is there only because something else brought it."""
     distribution_of = {
-        "PIL": "pillow", "modelopt": "nvidia-modelopt", "skimage": "scikit-image",
-        "tensorrt_rtx": "tensorrt-rtx-cu13",
+        "PIL": "pillow", "cuda": "cuda-bindings", "modelopt": "nvidia-modelopt",
+        "skimage": "scikit-image", "tensorrt_rtx": "tensorrt-rtx-cu13",
     }  # fmt: skip
     project = PROJECT["project"]
     extras = project["optional-dependencies"]

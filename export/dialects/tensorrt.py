@@ -20,6 +20,7 @@ import torch
 from onnxscript import opset21, opset23, values
 
 from vcompress.compress.numerics import microscaling, nvfp4
+from vcompress.export.dialects import integers
 from vcompress.export.dialects.dialect import Dialect
 from vcompress.export.dialects.standard import TRANSLATIONS, as_float, like, op
 
@@ -30,6 +31,10 @@ block_op: Any = opset23
 DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
 _MXFP8_QUANTIZE = "TRT_MXFP8DynamicQuantize"
 _MXFP8_DEQUANTIZE = "TRT_MXFP8DequantizeLinear"
+_MOVES = (
+    "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose",
+    "Unsqueeze",
+)  # fmt: skip
 # INT4 and FLOAT4E2M1, and their use in DequantizeLinear, came with these versions of the format.
 _IR_VERSIONS = {ir.DataType.INT4: 10, ir.DataType.FLOAT4E2M1: 11}
 
@@ -129,6 +134,46 @@ def _retype_packed_weights(model: ir.Model) -> None:
         model.ir_version = max(model.ir_version or 0, _IR_VERSIONS[kind])
 
 
+def _cast_bytes_first(model: ir.Model) -> None:
+    """Make integers of inputs of bytes before they are moved: TensorRT does not move bytes.
+
+    Where they are computed with, and not only moved and cast, the graph stays as it is.
+    """
+    for value in model.graph.inputs:
+        readers = [usage.node for usage in value.uses()]
+        moved = _only_moved(value) if value.dtype == ir.DataType.UINT8 else None
+        if not moved:
+            continue
+        cast = ir.node("Cast", [value], {"to": ir.DataType.INT32}, name=f"{value.name}_cast")
+        (first,) = cast.outputs
+        first.name, first.shape, first.dtype = f"{value.name}_int32", value.shape, ir.DataType.INT32
+        model.graph.insert_before(next(iter(model.graph)), cast)
+        for node in readers:
+            node.replace_input_with(node.inputs.index(value), first)
+        for each in moved:
+            each.dtype = ir.DataType.INT32
+
+
+def _only_moved(value: ir.Value) -> list[ir.Value] | None:
+    """What `value` is moved to before it is cast; None where something else is done with it."""
+    moved: list[ir.Value] = []
+    for node, index in value.uses():
+        if node.op_type in ("Cast", "Shape"):
+            continue
+        if node.op_type not in _MOVES or index != 0 or len(node.outputs) != 1:
+            return None
+        behind = _only_moved(node.outputs[0])
+        if behind is None:
+            return None
+        moved += [node.outputs[0], *behind]
+    return moved
+
+
+def _finish(model: ir.Model) -> None:
+    _retype_packed_weights(model)
+    _cast_bytes_first(model)
+
+
 TENSORRT = Dialect(
     name="tensorrt",
     opset=20,
@@ -136,11 +181,12 @@ TENSORRT = Dialect(
     refused={"mxfp4": "TensorRT has neither blocks of 32 for FP4 inputs nor stored E8M0 scales"},
     translations={
         **TRANSLATIONS,
+        **integers.TRANSLATIONS,
         torch.ops.vcompress.int4_dequantize.default: _int4_dequantize,
         torch.ops.vcompress.mxfp8_dequantize.default: _mxfp8_dequantize,
         torch.ops.vcompress.mxfp8_quantize_dequantize.default: _mxfp8_quantize_dequantize,
         torch.ops.vcompress.nvfp4_dequantize.default: _nvfp4_dequantize,
         torch.ops.vcompress.nvfp4_quantize_dequantize.default: _nvfp4_quantize_dequantize,
     },
-    finish=_retype_packed_weights,
+    finish=_finish,
 )

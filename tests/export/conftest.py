@@ -72,7 +72,11 @@ def _transformers_model(name: str) -> nn.Module:
 
 
 def freeze_all(module: nn.Module, format: str, x: torch.Tensor) -> None:
-    """Freeze every layer that can take `format`, the others to INT8, calibrated on `x`."""
+    """Freeze every layer that can take `format`, the others to INT8, calibrated on `x`.
+
+    With "FORMAT alone" the others stay as they are.
+    """
+    format, _, alone = format.partition(" ")
     layers = {name: child for name, child in module.named_modules() if type(child) in _KINDS}
     amax: dict[str, float] = {}
     hooks = [
@@ -87,7 +91,8 @@ def freeze_all(module: nn.Module, format: str, x: torch.Tensor) -> None:
         hook.remove()
     for name, child in layers.items():
         refused = FORMATS[format].objection(_KINDS[type(child)], tuple(child.weight.shape))
-        module.set_submodule(name, freeze(child, "int8" if refused else format, amax[name]))
+        if not (refused and alone):
+            module.set_submodule(name, freeze(child, "int8" if refused else format, amax[name]))
 
 
 @dataclass(frozen=True)

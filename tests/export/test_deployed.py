@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -254,19 +255,37 @@ def test_work_is_done_ahead_and_errors_come_in_their_place() -> None:
     assert list(endless) == []
 
 
-def test_the_example_runs_without_torch(artifact: Path, videos: list[Path]) -> None:
-    example = Path(cli.__file__).parent / "examples" / "deploy.py"
+def run_example(name: str, *words: str, program: str = PROGRAM) -> list[str]:
+    """Lines that an example prints, without what `program` blocks."""
+    example = Path(cli.__file__).parent / "examples" / name
     program = (
-        PROGRAM.replace("from vcompress import cli", "import runpy")
+        program.replace("from vcompress import cli", "import runpy")
         .replace("cli.main()", "runpy.run_path(sys.argv[0], run_name='__main__')")
         .replace('["vcompress", *sys.argv[1:]]', "sys.argv[1:]")
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(example), str(artifact), *map(str, videos)],
+        [sys.executable, "-c", program, str(example), *words],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    head, *lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def test_the_example_runs_without_torch(artifact: Path, videos: list[Path]) -> None:
+    head, *lines = run_example("deploy.py", str(artifact), *map(str, videos))
     assert "CPUExecutionProvider" in head
     # Six frames a video at stride 2: one window of four.
     assert [line.split()[-2] for line in lines] == ["red", "green", "blue"] * 2
+
+
+def test_the_example_for_a_jetson_runs_in_another_runtime(
+    artifact: Path, videos: list[Path]
+) -> None:
+    # It can build engines, for which it needs onnx, but not torch.
+    program = re.sub(r"in \{.*?\}", 'in {"torch", "onnxscript", "rich"}', PROGRAM, flags=re.DOTALL)
+    head, *lines = run_example(
+        "jetson.py", str(artifact), str(videos[0]), "onnxruntime", program=program
+    )
+    assert "golden clips" in head
+    assert lines
+    assert all(line.split()[-2] == "red" for line in lines)

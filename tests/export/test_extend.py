@@ -130,6 +130,33 @@ def test_an_engine_for_another_gpu_is_added(artifact: Callable[[str], Path]) -> 
     (entry,) = (each for each in Artifact.open(path).manifest["files"] if each["role"] == "engine")
     assert entry["about"]["sm"] == "86"
     assert entry["bytes"] == done.facts["num_bytes"]
+    # It runs on that GPU alone, and says so where there is none.
+    assert done.golden_relative_l2 is None
+    sees = "engines for SM 86, and this machine has no NVIDIA GPU that TensorRT-RTX sees"
+    with pytest.raises(MissingCapabilityError, match=sees):
+        open_deployed(path, runtime="tensorrt-rtx")
+    with pytest.raises(InputError, match="is the number of a GPU"):
+        open_deployed(path, runtime="tensorrt-rtx", provider="CUDAExecutionProvider")
+    with pytest.raises(InputError, match=r"has no engine of TensorRT; .*--runtime tensorrt --sm"):
+        open_deployed(path, runtime="tensorrt")
+
+
+def test_four_bit_weights_for_onnx_runtime_on_a_gpu(artifact: Callable[[str], Path]) -> None:
+    path = artifact("int4_g32 alone")
+    done = export_runtime(path, "onnxruntime-cuda")
+    # Checked on the CPU, which has the kernel too.
+    assert done.golden_relative_l2 is not None
+    assert 0 < done.golden_relative_l2 < 5e-3
+    assert done.kernels["MatMulNBits"] == done.formats["int4_g32"] > 0
+    # It says so where the provider is not there.
+    with pytest.raises((MissingCapabilityError, BuildError), match="CUDAExecutionProvider"):
+        open_deployed(path, runtime="onnxruntime-cuda")
+    shutil.rmtree(path)
+    other = artifact("int8")
+    with pytest.raises(MissingCapabilityError, match=r"no products of integers.*--target int4"):
+        export_runtime(other, "onnxruntime-cuda")
+    with pytest.raises(InputError, match="--runtime onnxruntime-cuda"):
+        open_deployed(other, runtime="onnxruntime-cuda")
 
 
 def test_a_gpu_without_fp4_is_offered_what_it_has(made: Callable[[str], Path]) -> None:
