@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -294,7 +293,7 @@ def main() -> None:
         if arguments.make:
             return
         results = {
-            "command": " ".join(["python", "benchmarks/cpu_runtime.py", *sys.argv[1:]]),
+            "command": f"python benchmarks/cpu_runtime.py --rounds {arguments.rounds}",
             "device": describe_device(arguments.threads),
             "versions": {
                 "vcompress": vcompress.__version__,

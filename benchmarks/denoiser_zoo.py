@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from vcompress.pipeline.record import file_role
 from vcompress.pipeline.run import Options
 from vcompress.spec.cache_section import CacheSection
 from vcompress.spec.call import CallSpec
+from vcompress.spec.dynamic_section import DynamicSection
 from vcompress.spec.plan import LayerChoice
 
 __all__ = ["CONFIGS", "arguments_of", "artifact_of", "build", "record"]
@@ -127,8 +129,9 @@ def record(name: str, module: nn.Module, path: Path) -> Path:
 
 
 def artifact_of(
-    model: VideoModel, calls: Path, format: str, folder: Path, cache: CacheSection | None = None
-) -> VideoModel:
+    model: VideoModel, calls: Path, format: str, folder: Path, cache: CacheSection | None = None,
+    dynamic: DynamicSection | None = None,
+) -> VideoModel:  # fmt: skip
     """Write what `compressed` reads of an artifact, every layer in `format`; the planned model."""
     folder.mkdir()
     choices = {
@@ -138,11 +141,8 @@ def artifact_of(
         for name, facts in model.layers.items()
     }
     plan = empty_plan(model, load_calls(calls), Options(target="nvfp4", calib=str(calls)))
-    plan = save_plan(
-        type(plan)(**{**plan.__dict__, "quantize": choices, "cache": cache}),
-        {},
-        folder / "plan.json",
-    )
+    plan = replace(plan, quantize=choices, cache=cache, dynamic_precision=dynamic)
+    plan = save_plan(plan, {}, folder / "plan.json")
     planned = apply_plan(model, plan)
     save_module(planned.module, folder / "weights.safetensors")
     (folder / "config.json").write_text(json.dumps(dict(model.config)))

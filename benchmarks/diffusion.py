@@ -11,7 +11,9 @@ Then everything takes turns on each held-out clip, in one process, with the full
 speed-up is the median over the timed clips of the full model's seconds, before and after, over the
 cache's. FOLDER holds weights that training exported; without it those that ship are taken. Results,
 table and plot are written after every clip, so a run that is ended early leaves what it has
-measured. With the defaults it takes about 40 minutes on one core.
+measured. With the defaults it takes about 40 minutes on one core. `--again` searches nothing: it
+judges the automatic choice and the best peer of the stored results once more, on the same held-out
+clips, with as many timed as `--timed` says, and puts them in their place.
 """
 
 from __future__ import annotations
@@ -24,12 +26,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 
-from vcompress.benchmarks.diffusion_peers import climbed, peers
-from vcompress.benchmarks.diffusion_table import Line, Results, put
+from vcompress.benchmarks.diffusion_peers import Peer, climbed, peers
+from vcompress.benchmarks.diffusion_table import Line, Results, put, verdict
 from vcompress.compress.cache import CacheReport, apply_cache
 from vcompress.compress.cache.ladder import Ladder
 from vcompress.pipeline.cache_report import hit_map, side_by_side, strip
@@ -117,16 +118,19 @@ def theirs(
             results.lines.append({**line, "error": f"fails: {type(error).__name__}: {error}"})
             continue
         print(peer.name, settings, flush=True)
-        for setting in settings:
-
-            def sample(
-                case: Case, applied: Any = peer.applied, setting: Any = setting
-            ) -> tuple[Frames, None]:
-                with applied(setting):
-                    return sampler.sample(case), None
-
-            entries.append(Entry({"whose": "peer", "name": peer.name, "setting": setting}, sample))
+        entries += [
+            _peer_entry(sampler, peer, {"whose": "peer", "name": peer.name, "setting": setting})
+            for setting in settings
+        ]
     return entries
+
+
+def _peer_entry(sampler: Sampler, peer: Peer, line: Line) -> Entry:
+    def sample(case: Case) -> tuple[Frames, None]:
+        with peer.applied(line["setting"]):
+            return sampler.sample(case), None
+
+    return Entry(line, sample)
 
 
 @contextmanager
@@ -142,8 +146,10 @@ def judged(
 ) -> None:
     """Everything in turns on every case; the first `timed` of them with the full model between."""
     for entry in entries:
+        entry.line.pop("skip_rates", None)
         entry.line |= {"psnr_db": [], "ssim": [], "speed_ups": [], "processor_speed_ups": []}
-        results.lines.append(entry.line)
+        if not any(line is entry.line for line in results.lines):
+            results.lines.append(entry.line)
     for number, case in enumerate(cases):
         full_seconds: list[tuple[float, float]] = []
         with _seconds(full_seconds):
@@ -182,6 +188,30 @@ def _note(entry: Entry, full: Frames, clip: Frames, report: CacheReport | None) 
         line |= {"skip_rate": mean(line["skip_rates"]), "state_bytes": report.state_bytes}
 
 
+def again(sampler: Sampler, timed: int, results: Results) -> None:
+    """The automatic choice and the best peer of `results` once more."""
+    chosen = [line for line in results.lines if line.get("automatic")]
+    best = verdict(results.summaries(), BAR.least).get("best_peer")
+    chosen += [line for line in results.lines if f"{line['name']} {line.get('setting')}" == best]
+    known = {peer.name: peer for peer in peers(sampler, ())}
+    entries = []
+    for line in chosen:
+        if line["whose"] == "vcompress":
+            entry = _entry(sampler, CacheSection.from_dict(line["section"]), line)
+        else:
+            entry = _peer_entry(sampler, known[line["name"]], line)
+        entry.line = line
+        entries.append(entry)
+    count = len(results.facts["held_out"])
+    _, cases = make_cases(read_prompts(None, sampler), count, 0)
+    if [case.name for case in cases] != results.facts["held_out"]:
+        message = f"{results.path} was measured on other clips; run without --again"
+        raise SystemExit(message)
+    names = [f"{line['name']} ({line['setting']})" for line in chosen]
+    results.facts["again"] = {"lines": names, "num_timed": timed}
+    judged(sampler, entries, cases, timed, results)
+
+
 def _draw(path: Path, name: str, full: Frames, clip: Frames, report: CacheReport) -> None:
     stem = path.with_name(f"{path.name}_{name.replace(' ', '_')}")
     stem.with_name(f"{stem.name}_map.png").write_bytes(hit_map(report))
@@ -201,12 +231,20 @@ def main() -> None:
     parser.add_argument("--policies", type=lambda text: text.split(","), default=list(SETTINGS))
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--peers-path", help="a folder with cache-dit, installed with --target")
+    parser.add_argument("--again", action="store_true", help="the best lines of --output alone")
     parser.add_argument("--docs", type=Path, help="a page between whose marks the table goes")
     arguments = parser.parse_args()
     if arguments.peers_path:
         sys.path.append(arguments.peers_path)
     started = time.perf_counter()
     sampler = open_sampler(arguments.folder, num_steps=arguments.steps)
+    if arguments.again:
+        results = Results.load(arguments.output)
+        again(sampler, arguments.timed, results)
+        results.save()
+        if arguments.docs is not None:
+            put(results.text(), arguments.docs)
+        return
     most = max(arguments.clips, arguments.held_out)
     prompts = read_prompts(None, sampler)
     calibration, held_out = make_cases(prompts, most, 0)

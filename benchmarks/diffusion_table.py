@@ -22,6 +22,16 @@ class Results:
         self.path, self.facts = path, facts
         self.lines: list[Line] = []
 
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Those at `path`, to be gone on with."""
+        stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        lines = stored.pop("lines")
+        del stored["verdict"]
+        results = cls(path, stored)
+        results.lines = lines
+        return results
+
     def summaries(self) -> list[Line]:
         """What is known, with means."""
         return [_summary(line) for line in self.lines]
@@ -36,6 +46,9 @@ class Results:
             f"{len(facts['held_out'])} others, of which {facts['num_timed']} timed; "
             f"{facts['threads']} thread."
         ]
+        if "again" in facts:
+            timed, names = facts["again"]["num_timed"], facts["again"]["lines"]
+            lines.append(f"Judged again on these, {timed} of them timed: {', '.join(names)}.")
         if said["automatic"]:
             lines.append(
                 f"Chosen: {said['automatic']}, {said['speed_up']:.2f}x at {said['psnr_db']:.1f} dB."

@@ -1,6 +1,6 @@
 """How well block volatility predicts the error of NVFP4, layer by layer: on a DiT and random Wan.
 
-python -m vcompress.benchmarks.diffusion_volatility [FOLDER] --output FILE.json
+python -m vcompress.benchmarks.diffusion_volatility [FOLDER]
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from vcompress.benchmarks.denoiser_zoo import build
 from vcompress.compress.cache.stack import find_stack
 from vcompress.compress.volatility import Line, fit_lines, measure
 from vcompress.pipeline.cache_sampler import Case, Sampler, make_cases, open_sampler, read_prompts
+
+RESULTS = Path(__file__).parent / "results" / "diffusion_volatility.json"
 
 
 def lines_of(sampler: Sampler, cases: list[Case]) -> Mapping[str, Line]:
@@ -50,14 +52,17 @@ def main() -> None:
     """Measure both and write what was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", nargs="?", default="reference:bouncing-garments")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--steps", type=int, default=25)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     trained = open_sampler(arguments.folder, num_steps=arguments.steps)
     cases, _ = make_cases(read_prompts(None, trained), arguments.clips, 0)
-    results = {}
+    results: dict[str, Any] = {
+        "command": "python -m vcompress.benchmarks.diffusion_volatility "
+        f"--clips {arguments.clips} --steps {arguments.steps}"
+    }
     for name, sampler, own in (
         ("random Wan", *random_wan(arguments.steps)), (trained.name, trained, cases),
     ):  # fmt: skip
