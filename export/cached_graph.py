@@ -3,7 +3,7 @@
     facts = export_cached(module, section, call, Path("cached.onnx"), num_steps=50)
     state = facts.first_state()
     for step, timestep in enumerate(timesteps):
-        outputs = session.run_named({**call, "step": step, **state})
+        outputs = session.run_named({**call, "step": np.array([step]), **state})
         state = facts.next_state(outputs)
 
 The stack of blocks stands in one branch of an If, what stands for it in the other, so a step that
@@ -11,9 +11,9 @@ reuses does not compute the blocks, in any runtime. Nothing is hidden: a new gen
 guidance branch, is another state. The same graph without the If is written on request as a pair, a
 full and a cached step, for a host that decides.
 
-Policies of the stack whose signal can be had in a graph: fixed, magcache, taylorseer, first_block.
-A schedule (forecast) leaves out the whole model, and its list says when: that is a pair, whose
-cached step is a mixture of three kept outputs.
+Policies of the stack whose signal can be had in a graph: fixed, magcache, taylorseer, first_block;
+of the whole model a schedule (forecast), whose cached step is a mixture of three kept outputs.
+Everything has at least one axis, as servers that keep a state know no scalars.
 """
 
 from __future__ import annotations
@@ -79,8 +79,23 @@ class _Denoiser(nn.Module):
         super().__init__()
         self.module, self.policy, self.kind = module, policy, kind
         self.names = blocks
+        # Numbers of the state, which are tensors of one element outside.
+        self.scalars: frozenset[str] = frozenset()
 
     def forward(
+        self, call: dict[str, torch.Tensor], step: torch.Tensor, state: State, kept: State
+    ) -> tuple[torch.Tensor, State, State]:
+        inside = {
+            name: value[0] if name in self.scalars else value for name, value in state.items()
+        }
+        output, after, kept = self._run(call, step[0], inside, kept)
+        outside = {
+            name: value.reshape(1) if name in self.scalars else value
+            for name, value in after.items()
+        }
+        return output, outside, kept
+
+    def _run(
         self, call: dict[str, torch.Tensor], step: torch.Tensor, state: State, kept: State
     ) -> tuple[torch.Tensor, State, State]:
         if self.policy.level == "model":
@@ -199,10 +214,10 @@ def export_cached(
         BuildError: the step cannot be traced or translated.
     """
     policy = build_policy(section, num_steps)
-    _check(section, policy, kind)
+    _check(section, policy)
     blocks = () if policy.level == "model" else find_stack(module, section.blocks)
     step = _Denoiser(module.eval(), policy, blocks, kind)
-    arguments = _arguments(step, call)
+    arguments = _outside(step, *_arguments(step, call))
     with quiet(), torch.no_grad():
         try:
             program = torch.export.export(step, arguments, strict=False)
@@ -228,13 +243,7 @@ def export_cached(
     )
 
 
-def _check(section: CacheSection, policy: Policy, kind: Kind) -> None:
-    if section.policy == "forecast" and kind == "if":
-        message = (
-            'a schedule is exported as a pair, kind="full" and kind="cached": the steps to '
-            "compute are those of its list"
-        )
-        raise InputError(message)
+def _check(section: CacheSection, policy: Policy) -> None:
     if section.policy == "forecast" or (policy.level == "stack" and policy.signal in _SIGNALS):
         return
     message = (
@@ -270,6 +279,19 @@ def _arguments(
     state = step.policy.start(value)
     kept = step.policy.blank(found["before"], found["before"])
     return call.flat, first, state, kept
+
+
+def _outside(
+    step: _Denoiser, call: dict[str, torch.Tensor], number: torch.Tensor, state: State, kept: State
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, State, State]:
+    """The same with one axis for every scalar."""
+    step.scalars = frozenset(name for name, value in state.items() if not value.ndim)
+    return (
+        call,
+        number.reshape(1),
+        {name: value if value.ndim else value.reshape(1) for name, value in state.items()},
+        kept,
+    )
 
 
 def _name(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:

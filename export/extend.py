@@ -260,6 +260,19 @@ def graph_file(artifact: Artifact, role: str) -> Path:
     return path
 
 
+def copy_graph(source: Path, target: Path) -> None:
+    """A graph under another name, with its external weights under the name that it knows."""
+    shutil.copyfile(source, target)
+    locations = {
+        entry.value
+        for tensor in onnx.load(source, load_external_data=False).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    for location in locations:
+        shutil.copyfile(source.parent / location, target.parent / location)
+
+
 def export_with_input(
     path: Path, output: Path, *, dtype: str, layout: Layout | None = None, force: bool = False
 ) -> Extension:

@@ -13,9 +13,7 @@ each have one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +24,7 @@ from vcompress.compress.dynamic import apply_dynamic
 from vcompress.compress.kernels import execute as kernels
 from vcompress.compress.passes import PASSES, QuantizePass
 from vcompress.compress.restore import restore_module
+from vcompress.compress.tensors import ModelTensors
 from vcompress.export.deployed import open_graph
 from vcompress.models.empty import empty_module
 from vcompress.models.structure import find_blocks, find_layers
@@ -37,9 +36,9 @@ from vcompress.spec.artifact import Artifact, sha256_of
 from vcompress.spec.cache_section import CacheSection
 from vcompress.spec.call import CallSpec
 from vcompress.spec.errors import InputError
-from vcompress.spec.plan import LayerFacts
+from vcompress.spec.plan import CompressionPlan, LayerFacts
 
-__all__ = ["compressed"]
+__all__ = ["compressed", "one_precision", "without_cache"]
 
 
 def compressed(
@@ -62,18 +61,7 @@ def compressed(
         InputError: no artifact, one of another kind of model, or files that were changed.
         MissingCapabilityError: diffusers is not installed, or `device` cannot execute.
     """
-    artifact = Artifact.open(Path(path))
-    config, described = _verified(artifact, "config"), artifact.manifest.get("call")
-    if config is None or described is None:
-        message = (
-            f"{path} is an artifact of {artifact.manifest['name']}, which is no model of "
-            "diffusers; run its model.onnx instead"
-        )
-        raise InputError(message)
-    plan_path = _verified(artifact, "plan")
-    if plan_path is None:
-        message = f"{path} has no plan; make the artifact again"
-        raise InputError(message)
+    artifact, plan, tensors = _opened(Path(path))
     if runtime is not None:
         if execute or dtype is not None or str(device) != "cpu":
             message = (
@@ -81,38 +69,14 @@ def compressed(
                 "execute and device"
             )
             raise InputError(message)
-        plan = read_plan(plan_path)[0]
         if plan.dynamic_precision is not None:
-            raise InputError(_static(f"runtime={runtime!r}"))
-        section = plan.cache
-        return _with_cache(
-            _in_runtime(artifact, section, strict_json.read(config), runtime, threads), section
-        )
-    weights = _verified(artifact, "weights")
-    if weights is None:
-        message = f"{path} has no weights for torch; make the artifact again"
-        raise InputError(message)
-    plan, tensors = read_plan(plan_path)
+            raise InputError(one_precision(f"runtime={runtime!r}"))
+        return _with_cache(_in_runtime(artifact, plan.cache, runtime, threads), plan.cache)
     if plan.dynamic_precision is not None and execute:
-        raise InputError(_static("execute=True"))
-    configuration = strict_json.read(config)
-    module = empty_module(configuration)
-    facts = {name: _facts(module, name) for name in plan.quantize}
-    model = VideoModel(
-        name=str(artifact.manifest["name"]), module=module, task="denoise",
-        family=str(configuration["_class_name"]), inputs=CallSpec.from_dict(described),
-        layers=facts, blocks=find_blocks(module, facts), config=configuration, source=str(path),
-    )  # fmt: skip
-    stored = torch.float32
-    for step in PASSES:
-        if isinstance(step, QuantizePass):
-            # Its weights are stored as they came out.
-            stored = restore_module(module, plan.quantize, weights)
-        else:
-            step.apply(model, plan, tensors)
+        raise InputError(one_precision("execute=True"))
+    module, stored = _restored(artifact, plan, tensors)
     if dtype is not None and dtype != stored:
         _cast(module, dtype)
-    module.eval().requires_grad_(False)
     if execute:
         kernels.execute(module, device=device)
     else:
@@ -123,17 +87,63 @@ def compressed(
     return _with_cache(module, plan.cache)
 
 
-def _static(asked: str) -> str:
+def without_cache(path: Path) -> tuple[nn.Module, CompressionPlan]:
+    """The module of the artifact at `path` without what its plan does from step to step.
+
+    Raises:
+        InputError: as of `compressed`.
+    """
+    artifact, plan, tensors = _opened(path)
+    return _restored(artifact, plan, tensors)[0], plan
+
+
+def one_precision(asked: str) -> str:
+    """Why `asked` does not go with a plan that changes precision from step to step."""
     return (
         f"the plan's dynamic_precision is simulated in torch only, {asked} has one precision for "
         "every step; load without it, or make the artifact without --dynamic-precision"
     )
 
 
+def _opened(path: Path) -> tuple[Artifact, CompressionPlan, ModelTensors]:
+    """An artifact of a model of diffusers, with its plan."""
+    artifact = Artifact.open(path)
+    if _verified(artifact, "config") is None or artifact.manifest.get("call") is None:
+        message = (
+            f"{path} is an artifact of {artifact.manifest['name']}, which is no model of "
+            "diffusers; run its model.onnx instead"
+        )
+        raise InputError(message)
+    return artifact, *read_plan(_required(artifact, "plan", "plan"))
+
+
+def _restored(
+    artifact: Artifact, plan: CompressionPlan, tensors: ModelTensors
+) -> tuple[nn.Module, torch.dtype]:
+    """The planned module with packed weights, and the type that its other weights are stored in."""
+    configuration = strict_json.read(_required(artifact, "config", "configuration"))
+    weights = _required(artifact, "weights", "weights for torch")
+    module = empty_module(configuration)
+    facts = {name: _facts(module, name) for name in plan.quantize}
+    model = VideoModel(
+        name=str(artifact.manifest["name"]), module=module, task="denoise",
+        family=str(configuration["_class_name"]),
+        inputs=CallSpec.from_dict(artifact.manifest["call"]), layers=facts,
+        blocks=find_blocks(module, facts), config=configuration, source=str(artifact.path),
+    )  # fmt: skip
+    stored = torch.float32
+    for step in PASSES:
+        if isinstance(step, QuantizePass):
+            # Its weights are stored as they came out.
+            stored = restore_module(module, plan.quantize, weights)
+        else:
+            step.apply(model, plan, tensors)
+    return module.eval().requires_grad_(False), stored
+
+
 def _in_runtime(
-    artifact: Artifact, section: CacheSection | None, configuration: Mapping[str, Any],
-    runtime: str, threads: int | None,
-) -> nn.Module:  # fmt: skip
+    artifact: Artifact, section: CacheSection | None, runtime: str, threads: int | None
+) -> nn.Module:
     """A module whose calls run the artifact's graph."""
     if section is not None and POLICIES[section.policy].level != "model":
         message = (
@@ -143,6 +153,7 @@ def _in_runtime(
         raise InputError(message)
     for role in ("onnx", "openvino-onnx"):
         _verified(artifact, role)
+    configuration = strict_json.read(_required(artifact, "config", "configuration"))
     return graph_module(configuration, open_graph(artifact, runtime, threads=threads))
 
 
@@ -178,3 +189,11 @@ def _verified(artifact: Artifact, role: str) -> Path | None:
                 raise InputError(message)
             return path
     return None
+
+
+def _required(artifact: Artifact, role: str, what: str) -> Path:
+    path = _verified(artifact, role)
+    if path is None:
+        message = f"{artifact.path} has no {what}; make the artifact again"
+        raise InputError(message)
+    return path

@@ -91,7 +91,7 @@ def test_constraints_pin_every_direct_dependency_exactly() -> None:
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["cpu"], *extras["hf"], *extras["dev"]]
     for requirement in wanted:
-        name = re.split(r"[<>=;\s]", requirement)[0]
+        name = re.split(r"[\[<>=;\s]", requirement)[0]
         assert normalized(name) in pinned, requirement
 
 
@@ -116,7 +116,7 @@ def test_every_imported_library_is_declared() -> None:
         *project["dependencies"],
         *(each for extra in extras.values() for each in extra),
     ]
-    declared = {normalized(re.split(r"[<>=;\s]", each)[0]) for each in requirements}
+    declared = {normalized(re.split(r"[\[<>=;\s]", each)[0]) for each in requirements}
     undeclared: dict[str, str] = {}
     for package in PACKAGES:
         for file in ROOT.joinpath(*package.split(".")[1:]).glob("*.py"):

@@ -15,9 +15,10 @@ from vcompress.compress.cache.stack import find_stack
 from vcompress.compress.cache.state import BranchState
 from vcompress.spec.errors import InputError
 
-__all__ = ["Denoiser", "ModelCall"]
+__all__ = ["TIMESTEPS", "Denoiser", "ModelCall"]
 
-_TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")
+# Names of the argument that tells the step, in the order in which they are looked for.
+TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Denoiser:
         """Look at `module`; `blocks` and `timestep` are found if they are not given."""
         made = cls(name=name, module=module, blocks=find_stack(module, blocks))
         parameters = ForwardGate("", module.forward, _never).signature.parameters
-        wanted = _TIMESTEPS if timestep is None else (timestep,)
+        wanted = TIMESTEPS if timestep is None else (timestep,)
         found = [name for name in wanted if name in parameters]
         if not found:
             message = (

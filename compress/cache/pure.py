@@ -34,6 +34,8 @@ def cached_step(
         What leaves the blocks, state and kept; all of the shapes and types that they came with.
     """
     compute, state = policy.decide(state, value, step)
+    # In front of the If: torch.export cannot translate a table of constants inside of a branch.
+    stand_in = policy.reuse(kept, before, step)
     state_names, kept_names = list(state), list(kept)
 
     def split(flat: tuple[torch.Tensor, ...]) -> tuple[State, State]:
@@ -49,7 +51,7 @@ def cached_step(
         return tuple(tensor.clone() for tensor in tensors)
 
     def computed(
-        before: torch.Tensor, step: torch.Tensor, *flat: torch.Tensor
+        before: torch.Tensor, _stand_in: torch.Tensor, step: torch.Tensor, *flat: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         state, kept = split(flat)
         after = run(before)
@@ -58,12 +60,11 @@ def cached_step(
         return joined(after, state, {name: now[name] for name in kept_names})
 
     def reused(
-        before: torch.Tensor, step: torch.Tensor, *flat: torch.Tensor
+        _before: torch.Tensor, stand_in: torch.Tensor, _step: torch.Tensor, *flat: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         state, kept = split(flat)
-        after = policy.reuse(kept, before, step)
-        return joined(after, policy.reused(state, after), kept)
+        return joined(stand_in, policy.reused(state, stand_in), kept)
 
-    operands = (before, step, *state.values(), *kept.values())
+    operands = (before, stand_in, step, *state.values(), *kept.values())
     after, *flat = torch.cond(compute, computed, reused, operands)
     return after, *split(tuple(flat))

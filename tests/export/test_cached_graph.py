@@ -104,7 +104,7 @@ def in_graph(facts: CachedFacts, session: Any) -> Callable[[dict[str, Array], in
 
     def step(inputs: dict[str, Array], number: int) -> Array:
         nonlocal state
-        known = {"step": np.array(number), **inputs, **state}
+        known = {"step": np.array([number]), **inputs, **state}
         outputs = session.run_named({name: known[name] for name in session.input_names})
         state = facts.next_state(outputs)
         return np.asarray(outputs["output"])
@@ -112,7 +112,7 @@ def in_graph(facts: CachedFacts, session: Any) -> Callable[[dict[str, Array], in
     return step
 
 
-@pytest.mark.parametrize("policy", ["fixed", "first_block", "taylorseer"])
+@pytest.mark.parametrize("policy", list(SECTIONS))
 def test_a_generation_with_an_if_follows_the_live_cache(
     denoiser: nn.Module, call: Call, tmp_path: Path, policy: str
 ) -> None:
@@ -171,7 +171,7 @@ def test_a_pair_takes_turns_as_the_host_decides(
     def step(inputs: dict[str, Array], number: int) -> Array:
         nonlocal state
         session = sessions["full" if computes(number, state) else "cached"]
-        known = {"step": np.array(number), **inputs, **state}
+        known = {"step": np.array([number]), **inputs, **state}
         outputs = session.run_named({name: known[name] for name in session.input_names})
         state = {**state, **{
             name: outputs[f"next.{name}"] for name in state if f"next.{name}" in outputs
@@ -197,7 +197,3 @@ def test_what_cannot_stand_in_a_graph_is_refused(
     section = CacheSection(policy="teacache", threshold=0.1, num_steps=STEPS)
     with pytest.raises(InputError, match="teacache cannot stand in a graph"):
         export_cached(Named(denoiser), section, call, tmp_path / "m.onnx", num_steps=STEPS)
-    with pytest.raises(InputError, match="a schedule is exported as a pair"):
-        export_cached(
-            Named(denoiser), section_of("forecast"), call, tmp_path / "m.onnx", num_steps=STEPS
-        )

@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
 
 from vcompress import cli
 from vcompress.export.deployed import open_deployed
@@ -212,12 +214,15 @@ def test_a_triton_repository(artifact: Callable[[str], Path], tmp_path: Path) ->
         f"tiny_int8/{name}"
         for name in ("1/model.onnx", "config.pbtxt", "labels.txt", "manifest.json")
     }
-    text = (model / "config.pbtxt").read_text()
-    sizes = ", ".join(map(str, Artifact.open(path).manifest["inputs"][0]["shape"][1:]))
-    assert 'backend: "onnxruntime"\nmax_batch_size: 4\n' in text
-    assert f'name: "pixel_values"\n    data_type: TYPE_FP32\n    dims: [ {sizes} ]' in text
-    assert text.count("[") == text.count("]")
-    assert text.count("{") == text.count("}")
+    config = model_config_pb2.ModelConfig()
+    text_format.Parse((model / "config.pbtxt").read_text(), config)
+    assert (config.backend, config.max_batch_size) == ("onnxruntime", 4)
+    (given,), (answered,) = config.input, config.output
+    assert (given.name, given.data_type) == ("pixel_values", model_config_pb2.TYPE_FP32)
+    assert list(given.dims) == Artifact.open(path).manifest["inputs"][0]["shape"][1:]
+    assert (answered.label_filename, list(answered.dims)) == ("labels.txt", [5])
+    assert config.dynamic_batching.max_queue_delay_microseconds > 0
+    assert config.model_warmup[0].inputs["pixel_values"].zero_data
     onnx.checker.check_model(str(model / "1" / "model.onnx"))
     with pytest.raises(InputError, match="--force"):
         export_for_server(path, tmp_path / "repository", "triton")
