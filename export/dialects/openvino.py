@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes import common
 
+from vcompress.export.dialects.concats import keep_behind_concats
 from vcompress.spec.errors import BuildError
 
 __all__ = ["for_openvino"]
@@ -230,6 +231,7 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     del model.opset_import[:]
     model.opset_import.extend([helper.make_opsetid("", version), helper.make_opsetid(_DOMAIN, 1)])
     inlined = ir.from_proto(onnx.inliner.inline_local_functions(model))
+    keep_behind_concats(inlined)
     common.RemoveUnusedOpsetsPass()(inlined)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(inlined)
     return ir.to_proto(inlined)
