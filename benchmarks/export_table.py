@@ -42,6 +42,7 @@ from vcompress.export.readback import read_precision
 from vcompress.export.runtime import open_session
 from vcompress.export.ties import count_ties
 from vcompress.models.calls import Batch, Call, named_arrays
+from vcompress.models.convolution_products import with_plain_convolutions
 from vcompress.spec.errors import VcompressError
 
 RESULTS = Path(__file__).parent / "results" / "export_table.json"
@@ -152,7 +153,11 @@ def _shape(batch: Batch) -> list[int]:
 
 def _quantized(case: Case) -> nn.Module:
     """The module with every layer that can be in INT8."""
-    module = copy.deepcopy(case.module)
+    example = case.inputs(0, {})
+    # As `models.load` does with what is no part of a pipeline of diffusers.
+    module = copy.deepcopy(
+        case.module if isinstance(example, Call) else with_plain_convolutions(case.module, example)
+    )
     layers = {name: each for name, each in module.named_modules() if type(each) in _LAYERS}
     amax: dict[str, float] = {}
     hooks = [
@@ -163,7 +168,7 @@ def _quantized(case: Case) -> nn.Module:
         )
         for name, each in layers.items()
     ]
-    _torch(module, case.inputs(0, {}))
+    _torch(module, example)
     for hook in hooks:
         hook.remove()
     for name, reached in amax.items():

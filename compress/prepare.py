@@ -17,6 +17,7 @@ from torch import nn
 from vcompress.compress.numerics import hadamard
 from vcompress.compress.stored import CODECS, as_bytes, check_stored
 from vcompress.compress.tensors import WEIGHT_PREFIX, LayerTensors, words
+from vcompress.models.structure import is_plain
 from vcompress.spec.errors import InputError
 from vcompress.spec.formats import FORMATS
 
@@ -156,6 +157,12 @@ def _kind(layer: nn.Module, name: str) -> str:
         message = (
             f"{name or 'the layer'} must be a linear layer or a convolution, got "
             f"{type(layer).__name__}; keep it as it is"
+        )
+        raise InputError(message)
+    if not is_plain(layer):
+        message = (
+            f"{name or 'the layer'} must be a layer of torch's own, {type(layer).__name__} has a "
+            "forward of its own, which would be lost; keep it as it is"
         )
         raise InputError(message)
     mode = getattr(layer, "padding_mode", "zeros")

@@ -26,6 +26,7 @@ from vcompress.models.adapters.vjepa2 import VJEPA2
 from vcompress.models.attention_linears import with_linear_attention
 from vcompress.models.call_file import holds_calls, read_calls
 from vcompress.models.calls import Call, as_computed
+from vcompress.models.convolution_products import with_plain_convolutions
 from vcompress.models.denoisers import MODEL_INDEX, example_call, only_transformer
 from vcompress.models.directory import clip_from_processor, read_directory, read_processor
 from vcompress.models.exportable import exportable
@@ -226,6 +227,9 @@ def _finish(
 def _examined(model: VideoModel) -> VideoModel:
     """`model` with its layers and blocks, found by running it once."""
     module = with_linear_attention(model.module, model.example())
+    if "_class_name" not in model.config:
+        # What belongs to a pipeline of diffusers goes back there, by the names that it has.
+        module = with_plain_convolutions(module, model.example())
     layers = structure.find_layers(module, structure.run_once(module, model.example()))
     if not layers:
         where = model.source or model.name

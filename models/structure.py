@@ -18,8 +18,8 @@ from vcompress.spec.errors import InputError
 from vcompress.spec.plan import LayerFacts
 
 __all__ = [
-    "find_blocks", "find_layers", "find_shared_inputs", "layer_kind", "run_once",
-    "without_fused_encoders",
+    "HoldsProduct", "computes_alike", "find_blocks", "find_layers", "find_shared_inputs",
+    "is_plain", "layer_kind", "run_once", "without_fused_encoders",
 ]  # fmt: skip
 
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -28,14 +28,34 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Conv2d, "conv2d"),
     (nn.Conv3d, "conv3d"),
 )
+# What rounding may do, relative to the largest output.
+_TOLERANCE = 1e-4
+
+
+class HoldsProduct:
+    """Mixed into a convolution whose product is another layer, see `convolution_products`."""
 
 
 def layer_kind(module: nn.Module) -> str | None:
     """One of the kinds "linear", "conv1d", "conv2d" and "conv3d"; None for other modules."""
+    if isinstance(module, HoldsProduct):
+        return None
     for cls, kind in _KINDS:
         if isinstance(module, cls):
             return kind
     return None
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes what torch's own class does, and no more.
+
+    A subclass with a forward of its own may pad, scale its weight, or split its input.
+    """
+    base = next(cls for cls, _ in _KINDS if isinstance(layer, cls))
+    return all(
+        getattr(type(layer), name, None) is getattr(base, name, None)
+        for name in ("forward", "_conv_forward")
+    )
 
 
 def without_fused_encoders(module: nn.Module) -> nn.Module:
@@ -72,6 +92,26 @@ def run_once(module: nn.Module, example: Batch) -> set[str]:
     return called
 
 
+def computes_alike(module: nn.Module, changed: nn.Module, example: Batch) -> bool:
+    """Whether `changed` gives on `example` what `module` gives, up to what rounding may do.
+
+    A module that does not run at all is alike: that is said by who runs it next, with the reason.
+    """
+    with torch.inference_mode():
+        try:
+            expected = primary_output(run_module(module, example))
+        except Exception:
+            return True
+        try:
+            got = primary_output(run_module(changed, example))
+        except Exception:
+            return False
+        if got.shape != expected.shape:
+            return False
+        bound = _TOLERANCE * max(float(expected.abs().amax()), torch.finfo(expected.dtype).tiny)
+        return bool(((got - expected).abs() <= bound).all())
+
+
 def _does_not_run(example: Batch, error: Exception) -> str:
     reason = f"{type(error).__name__}: {error}"
     if isinstance(example, Call):
@@ -98,6 +138,7 @@ def find_layers(module: nn.Module, called: set[str]) -> dict[str, LayerFacts]:
                 kind=kind,
                 weight_shape=tuple(weight.shape),
                 padding_mode=str(getattr(submodule, "padding_mode", "zeros")),
+                own_forward="" if is_plain(submodule) else type(submodule).__name__,
             )
     return layers
 

@@ -37,16 +37,21 @@ class LayerFacts:
         weight_shape: output channels first.
         padding_mode: of a convolution; only "zeros" stays what it is when the input is quantized
             and exported.
+        own_forward: name of a layer's class that computes more than the product; empty where the
+            layer is torch's own.
     """
 
     kind: str
     weight_shape: tuple[int, ...]
     padding_mode: str = "zeros"
+    own_forward: str = ""
 
     def objection(self, format_name: str) -> str | None:
         """Why the layer cannot take the format `format_name`, or None if it can."""
         if format_name == FLOAT:
             return None
+        if self.own_forward:
+            return f"{self.own_forward} computes more than the product, which would be lost"
         if self.padding_mode != "zeros":
             return f"{format_name} needs padding with zeros, the layer pads by {self.padding_mode}"
         return FORMATS[format_name].objection(self.kind, self.weight_shape)
