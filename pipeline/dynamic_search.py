@@ -118,9 +118,11 @@ def best_signal(points: Sequence[Point]) -> tuple[Signal, float]:
         rest = total = 0.0
         for block, line in lines.items():
             errors = np.array([p.error for p in points if p.block == block and p.added is not None])
-            total += float(errors.var() * len(errors))
+            # A run of one step has none.
+            deviation = float(errors.var() * len(errors)) if len(errors) else 0.0
             correlation = 0.0 if np.isnan(line.correlation) else line.correlation
-            rest += float(errors.var() * len(errors)) * (1 - correlation**2)
+            total += deviation
+            rest += deviation * (1 - correlation**2)
         explained[name] = 1 - rest / total if total else 0.0
     best = max(names, key=lambda name: explained[name])
     return best, explained[best]

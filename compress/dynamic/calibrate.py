@@ -132,18 +132,20 @@ def blocks_that_change(module: nn.Module) -> tuple[str, ...]:
 def fit(points: Sequence[Point], signal: Signal) -> Mapping[str, Line]:
     """The line of every block over all runs, in the order of the blocks.
 
-    With "none" it is the mean error, and there is no correlation.
+    With "none", and where a signal was never known, it is the mean error, without a correlation.
     """
     lines = {}
     for block in dict.fromkeys(point.block for point in points):
         own = [point for point in points if point.block == block]
-        if signal == "none":
-            mean = float(np.mean([point.error for point in own]))
-            lines[block] = Line(alpha=0.0, beta=mean, correlation=float("nan"), num_points=len(own))
-            continue
         pairs = [(point.signal(signal), point.error) for point in own]
         known = np.array([pair for pair in pairs if pair[0] is not None], dtype=np.float64)
-        lines[block] = fit_line(known[:, 0], known[:, 1])
+        if signal == "none" or not len(known):
+            mean = float(np.mean([point.error for point in own]))
+            lines[block] = Line(
+                alpha=0.0, beta=mean, correlation=float("nan"), num_points=len(known)
+            )
+        else:
+            lines[block] = fit_line(known[:, 0], known[:, 1])
     return lines
 
 

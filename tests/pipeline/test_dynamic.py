@@ -115,6 +115,9 @@ def test_the_signal_that_explains_more_is_taken() -> None:
     still = [replace(point, error=0.1) for point in points]
     # What never changes has no correlation, and a plan file has no number for that.
     assert correlations(still, "added") == {"b": None}
+    # Nor has a run of one step, in which no signal is ever known.
+    alone = [replace(point, step=0, added=None, moved=None) for point in points]
+    assert best_signal(alone) == ("added", 0.0)
 
 
 def test_nothing_is_written_where_four_bits_hold_everywhere(

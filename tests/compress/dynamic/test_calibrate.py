@@ -35,6 +35,16 @@ def test_the_line_goes_through_the_points_that_have_a_signal() -> None:
     assert (mean.alpha, mean.beta) == (0, pytest.approx((9 + 4 * 0.5 + 2 * 1.0) / 5))
 
 
+def test_a_run_of_one_step_has_no_signal_and_a_level_line() -> None:
+    alone = [point(0, None, 0.25), point(0, None, 0.75)]
+    for signal in ("added", "moved"):
+        line = fit(alone, signal)["b"]
+        assert (line.alpha, line.beta, line.num_points) == (0, 0.5, 0)
+        assert line.correlation != line.correlation
+    section = section_of(alone, "added", 0.5, num_steps=1, fine="int8_token")
+    assert not section.takes_four_bits("b", 0, None)
+
+
 @pytest.mark.parametrize(("share", "calm"), [(0.0, []), (0.4, [2, 3]), (0.8, [1, 2, 3, 4])])
 def test_the_calmest_take_four_bits(share: float, calm: list[int]) -> None:
     section = section_of(POINTS, "added", share, num_steps=5, fine="int8_token")
