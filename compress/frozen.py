@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import MappingProxyType
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -53,10 +53,14 @@ class FrozenLayer(nn.Module):
     `type_marker` answers, a parameter without elements that follows `half()`.
 
     Attributes:
+        is_simulated: whether a call rounds its input as `input_format` says, and computes in
+            floats; layers of `compress.kernels` do neither.
         format: of the stored weight.
         input_format: of the input, as a rule the same; see `compress.dynamic`, which changes it
             from step to step to one that takes its scales from the input, or to keep.
     """
+
+    is_simulated: ClassVar[bool] = True
 
     input_scale: torch.Tensor | None
     input_smoothing: torch.Tensor | None

@@ -20,7 +20,7 @@ same rules (`cache.place`).
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
@@ -47,7 +47,7 @@ from vcompress.spec.dynamic_section import STORED, DynamicSection
 from vcompress.spec.errors import InputError
 from vcompress.spec.formats import FLOAT
 
-__all__ = ["DynamicPrecision", "Running", "apply_dynamic"]
+__all__ = ["DynamicPrecision", "Running", "apply_dynamic", "dynamic_precision_of"]
 
 
 @dataclass
@@ -75,7 +75,7 @@ class _Layer:
 
     block: str | None
     channels: int
-    bits: int = field(default=16)
+    bits: int
 
 
 class DynamicPrecision:
@@ -83,8 +83,15 @@ class DynamicPrecision:
 
     def __init__(self, module: nn.Module, section: DynamicSection, timestep: str | None) -> None:
         """For `apply_dynamic`."""
+        if dynamic_precision_of(module) is not None:
+            message = (
+                f"{type(module).__name__} has dynamic precision already; call remove() of the one "
+                "that apply_dynamic returned first"
+            )
+            raise InputError(message)
         self._module, self.section = module, section
         self._blocks = tuple(section.blocks)
+        self._layers = changing_layers(module, self._blocks)
         self._denoiser = Denoiser.of("", module, self._blocks, timestep)
         # Never in place: it knows the names of the arguments.
         self._gate = ForwardGate("", module.forward, _never)
@@ -92,7 +99,6 @@ class DynamicPrecision:
         self._seen: dict[str, dict[str, _Seen]] = {}
         self._tick: Tick | None = None
         self._running: Running | None = None
-        self._layers = changing_layers(module, self._blocks)
         self._handles: list[Any] = []
         self._install()
 
@@ -280,9 +286,16 @@ def apply_dynamic(
         timestep: name of the denoiser's argument, if it is an unusual one.
 
     Raises:
-        InputError: blocks or timestep are not found, or a block has no NVFP4 layer.
+        InputError: it is applied already, blocks or timestep are not found, a block has no NVFP4
+            layer, or one that a kernel executes.
     """
     return DynamicPrecision(module, section, timestep)
+
+
+def dynamic_precision_of(module: nn.Module) -> DynamicPrecision | None:
+    """The dynamic precision that is applied to `module`, if there is one."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, DynamicPrecision)), None)
 
 
 def _never(*_: Any) -> None:

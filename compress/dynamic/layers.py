@@ -11,35 +11,47 @@ from torch import nn
 from vcompress.compress.frozen import FrozenLinear
 from vcompress.spec.dynamic_section import STORED
 from vcompress.spec.errors import InputError
-from vcompress.spec.formats import FLOAT
+from vcompress.spec.formats import FORMATS
+from vcompress.spec.strict_json import nearest
 
 __all__ = ["carried", "changing_layers", "hidden_of", "input_bits", "output_channels"]
 
 _HIDDEN = "hidden_states"
-_FOUR_BITS = ("nvfp4", "mxfp4")
-_EIGHT_BITS = ("int8", "int8_token", "fp8", "fp8_channel", "mxfp8")
+# An input that is left as it is counts as one of half precision, which denoisers run in.
+_WHOLE_BITS = 16
 
 
 def changing_layers(module: nn.Module, blocks: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
     """The NVFP4 layers of each block, by full name.
 
     Raises:
-        InputError: a block has none.
+        InputError: there is no such block, it has no such layer, or one that is not simulated.
     """
+    known = dict(module.named_modules())
     found = {}
     for block in blocks:
-        own = module.get_submodule(block).named_modules()
-        found[block] = tuple(
-            f"{block}.{name}" if name else block
-            for name, layer in own
+        if block not in known:
+            message = f"dynamic_precision.blocks: no module {block!r}{nearest(block, known)}"
+            raise InputError(message)
+        own = {
+            f"{block}.{name}" if name else block: layer
+            for name, layer in known[block].named_modules()
             if isinstance(layer, FrozenLinear) and layer.format == STORED
-        )
-        if not found[block]:
+        }
+        if not own:
             message = (
                 f"dynamic_precision.blocks: {block} has no layer in {STORED}, so nothing can "
                 "change there; take it out"
             )
             raise InputError(message)
+        executed = next((name for name, layer in own.items() if not layer.is_simulated), None)
+        if executed is not None:
+            message = (
+                f"dynamic precision is simulated in torch only, {executed} runs on a kernel of one "
+                "precision; apply it to the module as it was before execute"
+            )
+            raise InputError(message)
+        found[block] = tuple(own)
     return found
 
 
@@ -68,8 +80,7 @@ def output_channels(layer: nn.Linear | FrozenLinear) -> int:
 
 
 def input_bits(layer: nn.Module) -> int:
-    """Of what enters the products of `layer`."""
-    name = layer.input_format if isinstance(layer, FrozenLinear) else FLOAT
-    if name in _FOUR_BITS:
-        return 4
-    return 8 if name in _EIGHT_BITS else 16
+    """Of what enters the products of `layer`, without scales."""
+    known = FORMATS.get(layer.input_format) if isinstance(layer, FrozenLinear) else None
+    # A block scale adds a fraction; formats whose input stays as it is have none.
+    return (int(known.input_bits) if known else 0) or _WHOLE_BITS

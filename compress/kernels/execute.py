@@ -17,6 +17,7 @@ from torch import nn
 
 from vcompress.compress.attention_products import AttentionProducts
 from vcompress.compress.attention_sites import products_of
+from vcompress.compress.dynamic.executor import dynamic_precision_of
 from vcompress.compress.frozen import FrozenLayer, FrozenLinear
 from vcompress.compress.kernels.attention import ExecutableAttention
 from vcompress.compress.kernels.available import needs_triton
@@ -72,13 +73,20 @@ def execute(
         A line for each quantized layer, then for each attention, in the order of the module.
 
     Raises:
-        InputError: no layer of `module` is quantized; an unknown `four_bit_inputs`.
+        InputError: no layer of `module` is quantized; its precision changes from step to step; an
+            unknown `four_bit_inputs`.
         MissingCapabilityError: a GPU that is not there, or without the package triton.
     """
     if four_bit_inputs not in get_args(FourBitInputs):
         message = (
             f"four_bit_inputs must be one of {', '.join(get_args(FourBitInputs))}, got "
             f"{four_bit_inputs!r}"
+        )
+        raise InputError(message)
+    if dynamic_precision_of(module) is not None:
+        message = (
+            f"{type(module).__name__} has dynamic precision, which is simulated only: a kernel has "
+            "one precision for every step; remove() it first"
         )
         raise InputError(message)
     if device is not None:

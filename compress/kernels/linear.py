@@ -20,7 +20,7 @@ Shapes: N output channels, K input channels.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional
@@ -52,6 +52,8 @@ class ExecutableLinear(FrozenLinear):
     Buffers: `weight_codes`, `weight_group_scale` and `weight_scale` of a `PackedWeight`, and
     `weight_unit` `[N]` for four-bit weights with eight-bit inputs; else as in `FrozenLinear`.
     """
+
+    is_simulated: ClassVar[bool] = False
 
     weight_codes: torch.Tensor
     weight_group_scale: torch.Tensor

@@ -12,6 +12,7 @@ from torch import nn
 from vcompress.compress.cache import CacheSection, apply_cache
 from vcompress.compress.dynamic import DynamicSection, ErrorLine, apply_dynamic
 from vcompress.compress.frozen import FrozenLinear, freeze
+from vcompress.compress.kernels.execute import execute
 from vcompress.spec.errors import InputError
 
 SECTION = DynamicSection(
@@ -204,3 +205,32 @@ def test_what_cannot_work_is_said(model: Denoiser) -> None:
     layer(model).format = "int8"
     with pytest.raises(InputError, match=r"blocks\.0 has no layer in nvfp4"):
         apply_dynamic(model, SECTION)
+
+
+def test_a_block_that_is_not_there_is_named_as_the_plan_names_it(model: Denoiser) -> None:
+    section = replace(SECTION, blocks={"blocks.7": ErrorLine(alpha=1.0, beta=0.0)})
+    with pytest.raises(InputError, match=r"dynamic_precision\.blocks: no module 'blocks\.7'"):
+        apply_dynamic(model, section)
+
+
+def test_it_is_applied_once(model: Denoiser) -> None:
+    with apply_dynamic(model, SECTION) as handle:
+        # Four bits in its last step: the format of its input is that of a layer left alone.
+        model.blocks[0].gain = 0.25
+        assert formats(model, ones(1, 1))[-1] == "nvfp4"
+        with pytest.raises(InputError, match="has dynamic precision already"):
+            apply_dynamic(model, SECTION)
+        assert formats(model, ones(1), start=6) == ["nvfp4"]
+        assert handle.counted().block_calls == 3
+    apply_dynamic(model, SECTION).remove()
+
+
+def test_packed_layers_on_kernels_do_not_follow_it(model: Denoiser) -> None:
+    with apply_dynamic(model, SECTION), pytest.raises(InputError, match="dynamic precision"):
+        execute(model)
+    # Refused, not half done.
+    assert type(layer(model)) is FrozenLinear
+    execute(model)
+    with pytest.raises(InputError, match="simulated"):
+        apply_dynamic(model, SECTION)
+    assert not model._forward_pre_hooks
