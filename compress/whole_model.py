@@ -81,6 +81,8 @@ def _gain(losses: torch.Tensor, others: torch.Tensor) -> tuple[float, float]:
     """
     if not bool(losses.isfinite().all()):
         return -math.inf, 0.0
+    if not bool(others.isfinite().all()):
+        return math.inf, 0.0
     gains, count = torch.log(_positive(others) / _positive(losses)), len(losses)
     seen = float(gains.std() / math.sqrt(count)) if count > 1 else 0.0
     gain = float(gains.mean())

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from vcompress.calib.clips import Clips
 from vcompress.compress import precision
+from vcompress.compress.algorithms.problem import Solution
 from vcompress.compress.block_error import recorded_inputs
 from vcompress.compress.calibration import (
     ALGORITHMS,
@@ -100,6 +102,37 @@ def test_solutions_that_harm_the_whole_model_are_dropped(
         dropped, line = without_harm(transformer, formats, bad, context)
         assert not any(each.tensors for each in dropped.values())
         assert warnings.pop() == f"{line}: every layer is rounded plainly"
+
+
+class Root(nn.Module):
+    """A root that rounding to NVFP4 makes one of a negative number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 1, bias=False)
+        # 0.1; with -5.2 rounded to -6 and -0.7 to -0.5 it is -0.5.
+        self.head.weight.data = torch.tensor([[6.0, -5.2, -0.7, *[0.0] * 13]])
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        return self.head(1 + 0 * clips.flatten(1)[:, :16]).sqrt()
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "gptq"])
+def test_what_mends_a_model_that_plain_rounding_breaks_is_used(
+    wrap: Callable[..., VideoModel], make_clips: MakeClips, make_context: MakeContext,
+    algorithm: str,
+) -> None:  # fmt: skip
+    model = wrap(Root())
+    context = make_context(model, make_clips(model, 6), target="nvfp4", algorithm=algorithm)
+    amax = context.stats.input_amax["head"]
+    plain = Solution(input_amax=amax, note="")
+    broken = freeze_solutions(model, {"head": "nvfp4"}, {"head": plain})["head"]
+    assert broken(torch.ones(1, 16)) == pytest.approx(-0.5)
+    mended = {"head": dataclasses.replace(plain, tensors={"bias": torch.tensor([0.6])})}
+    kept, line = without_harm(model, {"head": "nvfp4"}, mended, context)
+    assert kept is mended
+    assert line is not None
+    assert "inf with plain rounding" in line
 
 
 def test_a_rotation_taken_out_by_hand_leaves_a_line_that_works(
