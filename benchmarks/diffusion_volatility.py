@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from vcompress.benchmarks.denoiser_zoo import build
+from vcompress.benchmarks.layer_volatility import fit_lines, measure
 from vcompress.compress.cache.stack import find_stack
-from vcompress.compress.volatility import Line, fit_lines, measure
+from vcompress.compress.dynamic.lines import Line
 from vcompress.pipeline.cache_sampler import Case, Sampler, make_cases, open_sampler, read_prompts
 
 RESULTS = Path(__file__).parent / "results" / "diffusion_volatility.json"

@@ -20,8 +20,8 @@ from vcompress.compress.cache.policies.base import relative_l1
 from vcompress.compress.cache.stack import find_stack
 from vcompress.compress.dynamic.executor import DynamicPrecision, Running
 from vcompress.compress.dynamic.layers import carried, hidden_of
+from vcompress.compress.dynamic.lines import Line, fit_line
 from vcompress.compress.frozen import FrozenLayer, FrozenLinear
-from vcompress.compress.volatility import Line, fit_line
 from vcompress.spec.dynamic_section import STORED, DynamicSection, ErrorLine, Signal
 from vcompress.spec.errors import InputError
 

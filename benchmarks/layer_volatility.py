@@ -4,8 +4,8 @@
 E = alpha * V + beta, fitted for each layer, where V = |y - x| / |x| (means of absolute values) is
 the volatility of its block in step t - 1: what the block made of x. This module measures V and E
 and fits the line; E is the relative L2 error of the layer's output with weight and input in NVFP4.
-The paper does not say how well the line fits, so the correlation comes with it. Nothing is decided
-here; `compress.dynamic` does, by lines of whole blocks. Difference from the paper: no Hadamard
+The paper does not say how well the line fits, so the correlation comes with it. The product decides
+by lines of whole blocks instead (`compress.dynamic`). Difference from the paper: no Hadamard
 transform in front of quantization.
 """
 
@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from vcompress.compress.cache.policies.base import relative_l1
+from vcompress.compress.dynamic.lines import Line, fit_line
 from vcompress.compress.numerics import nvfp4
 
-__all__ = ["Line", "Measured", "fit_line", "fit_lines", "measure"]
+__all__ = ["Measured", "fit_lines", "measure"]
 
 _LEAST_POINTS = 4
 
@@ -43,22 +43,6 @@ class Measured:
     volatility: dict[str, list[float]] = field(default_factory=dict)
     error: dict[str, list[float]] = field(default_factory=dict)
     block_of: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """E = alpha * V + beta of one layer, V one step earlier.
-
-    Attributes:
-        alpha, beta: least squares.
-        correlation: of Pearson between V and E; nan where one of them never changes.
-        num_points: pairs of steps.
-    """
-
-    alpha: float
-    beta: float
-    correlation: float
-    num_points: int
 
 
 @contextmanager
@@ -115,18 +99,6 @@ def fit_lines(measured: Sequence[Measured]) -> Mapping[str, Line]:
         before, error = np.array(pairs, dtype=np.float64).T
         lines[name] = fit_line(before, error)
     return lines
-
-
-def fit_line(signal: NDArray[np.float64], error: NDArray[np.float64]) -> Line:
-    """The line through points, by least squares; level where the signal never changes."""
-    # A deviation of equal numbers is not quite zero.
-    spread = float(signal.std() * error.std()) if np.ptp(signal) and np.ptp(error) else 0.0
-    covariance = float(np.mean((signal - signal.mean()) * (error - error.mean())))
-    alpha = covariance / float(signal.var()) if np.ptp(signal) else 0.0
-    return Line(
-        alpha=alpha, beta=float(error.mean() - alpha * signal.mean()),
-        correlation=covariance / spread if spread > 0 else float("nan"), num_points=len(signal),
-    )  # fmt: skip
 
 
 def _count(calls: list[int], _module: nn.Module, _args: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vcompress.compress.volatility import Measured, fit_lines, measure
+from vcompress.benchmarks.layer_volatility import Measured, fit_lines, measure
 
 
 class Doubling(nn.Module):
