@@ -17,23 +17,22 @@ from dataclasses import dataclass
 
 import torch
 
-from vcompress.models.reference.moving_fashion import Garments
+from vcompress.models.reference.moving_fashion import (
+    DIRECTIONS,
+    GARMENT_SIZE,
+    GARMENTS,
+    Garments,
+)
 from vcompress.spec.errors import InputError
 from vcompress.spec.strict_json import nearest
 
 __all__ = [
-    "DIRECTIONS", "GARMENTS", "NUM_FRAMES", "NUM_TOKENS", "SIZE", "SPEEDS", "TOKEN_WIDTH", "Prompt",
-    "draw", "embed", "path", "render",
+    "DIRECTIONS", "GARMENTS", "GARMENT_SIZE", "NUM_FRAMES", "NUM_TOKENS", "SIZE", "SPEEDS",
+    "TOKEN_WIDTH", "Prompt", "draw", "embed", "path", "render",
 ]  # fmt: skip
 
 NUM_FRAMES = 16
 SIZE = 48
-GARMENT_SIZE = 28
-GARMENTS = (
-    "t-shirt", "trouser", "pullover", "dress", "coat",
-    "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
-DIRECTIONS = ("E", "SE", "S", "SW", "W", "NW", "N", "NE")
 SPEEDS = ("slow", "fast")  # 1 and 2 pixels a frame
 NUM_TOKENS = 3
 TOKEN_WIDTH = 32

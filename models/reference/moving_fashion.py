@@ -20,19 +20,19 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
-    "BACKGROUND_GAIN", "LABELS", "NUM_FRAMES", "SIZE", "Garments", "compose", "shipped_backgrounds",
-    "split",
+    "BACKGROUND_GAIN", "DIRECTIONS", "GARMENTS", "GARMENT_SIZE", "LABELS", "NUM_FRAMES", "SIZE",
+    "Garments", "compose", "shipped_backgrounds", "split",
 ]  # fmt: skip
 
 NUM_FRAMES = 16
 SIZE = 64
 GARMENT_SIZE = 28
-_GARMENT_NAMES = (
+GARMENTS = (
     "t-shirt", "trouser", "pullover", "dress", "coat",
     "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
-_DIRECTION_NAMES = ("E", "SE", "S", "SW", "W", "NW", "N", "NE")
-LABELS: tuple[str, ...] = tuple(f"{g} {d}" for g in _GARMENT_NAMES for d in _DIRECTION_NAMES)
+DIRECTIONS = ("E", "SE", "S", "SW", "W", "NW", "N", "NE")
+LABELS: tuple[str, ...] = tuple(f"{g} {d}" for g in GARMENTS for d in DIRECTIONS)
 _TRAVEL_PX = (18.0, 33.0)  # over the clip: 1.2 to 2.2 pixels a frame
 # Garments are photographs on black, many of them dark: before a bright wall a recogniser of this
 # size and training took nearly all of them for something else.
