@@ -21,7 +21,7 @@ __all__ = ["Fixed"]
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Policy):
-    """See the module.
+    """See the module; base of the policies that know beforehand what they compute.
 
     Attributes:
         interval: at least 1; 1 computes everything.

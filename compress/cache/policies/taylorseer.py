@@ -19,32 +19,21 @@ from dataclasses import dataclass
 
 import torch
 
-from vcompress.compress.cache.policies.base import Policy, State, is_listed
+from vcompress.compress.cache.policies.base import State
+from vcompress.compress.cache.policies.fixed import Fixed
 
 __all__ = ["TaylorSeer"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaylorSeer(Policy):
-    """See the module.
+class TaylorSeer(Fixed):
+    """See the module; which steps are computed is a fixed schedule.
 
     Attributes:
-        interval: at least 1.
         order: highest power; 0 keeps the residual as it is.
-        compute_steps: the computed steps, in place of `interval`.
     """
 
-    interval: int
     order: int
-    compute_steps: tuple[int, ...] | None = None
-
-    def _wish(
-        self, state: State, value: torch.Tensor | None, step: torch.Tensor
-    ) -> tuple[torch.Tensor, State]:
-        del value
-        if self.compute_steps is None:
-            return state["skips"] >= self.interval - 1, state
-        return is_listed(self.compute_steps, step), state
 
     def blank(self, before: torch.Tensor, after: torch.Tensor) -> State:
         """Differences of no order; `count` of computed steps and `at`, the last of them."""
