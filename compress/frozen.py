@@ -153,8 +153,12 @@ class FrozenLinear(FrozenLayer):
             branch = functional.linear(reduced, self.low_rank_up.to(x.dtype))
         if self.rotation is not None:
             x = hadamard.rotate_by(x, self.rotation)
-        y = functional.linear(*self._operands(x))
+        y = self._product(x)
         return y if branch is None else y + branch
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`, smoothed and rotated already, times the weight, with bias."""
+        return functional.linear(*self._operands(x))
 
 
 class FrozenConvolution(FrozenLayer):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from vcompress.compress.dynamic.executor import dynamic_precision_of
 from vcompress.compress.frozen import FrozenLayer, FrozenLinear
 from vcompress.compress.kernels.attention import ExecutableAttention
 from vcompress.compress.kernels.available import needs_triton
-from vcompress.compress.kernels.linear import ExecutableLinear, FourBitInputs
+from vcompress.compress.kernels.linear import FOUR_BIT_INPUTS, ExecutableLinear, FourBitInputs
 from vcompress.spec.errors import InputError, MissingCapabilityError
 
 __all__ = ["LayerKernel", "execute", "resident_bytes"]
@@ -77,10 +76,9 @@ def execute(
             unknown `four_bit_inputs`.
         MissingCapabilityError: a GPU that is not there, or without the package triton.
     """
-    if four_bit_inputs not in get_args(FourBitInputs):
+    if four_bit_inputs not in FOUR_BIT_INPUTS:
         message = (
-            f"four_bit_inputs must be one of {', '.join(get_args(FourBitInputs))}, got "
-            f"{four_bit_inputs!r}"
+            f"four_bit_inputs must be one of {', '.join(FOUR_BIT_INPUTS)}, got {four_bit_inputs!r}"
         )
         raise InputError(message)
     if dynamic_precision_of(module) is not None:

@@ -20,10 +20,9 @@ Shapes: N output channels, K input channels.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
-from torch.nn import functional
 
 from vcompress.compress.frozen import FrozenLinear
 from vcompress.compress.kernels.available import runs_triton
@@ -34,14 +33,14 @@ from vcompress.compress.kernels.operators import (
     rounded_tokens,
     scaled_matmul,
 )
-from vcompress.compress.numerics import fp8, hadamard, int8
+from vcompress.compress.numerics import fp8, int8
 from vcompress.compress.prepare import Prepared
 from vcompress.compress.stored import CODECS
 
 __all__ = ["FOUR_BIT_INPUTS", "ExecutableLinear", "FourBitInputs"]
 
 FourBitInputs = Literal["plan", "float", "fp8", "int8"]
-FOUR_BIT_INPUTS: tuple[FourBitInputs, ...] = ("plan", "float", "fp8", "int8")
+FOUR_BIT_INPUTS: tuple[FourBitInputs, ...] = get_args(FourBitInputs)
 _CODE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LARGEST = {"int8": int8.LARGEST_CODE, "fp8": fp8.LARGEST_CODE}
 
@@ -120,22 +119,12 @@ class ExecutableLinear(FrozenLinear):
         """The weight as it is stored, float32."""
         return CODECS[self.format].dequantize(stored(self.packed_weight, self.in_features))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` to `[..., N]`, in the type of `input`."""
-        x = input
-        if self.input_smoothing is not None:
-            x = x * self.input_smoothing.to(x.dtype)
-        branch = None
-        if self.low_rank_down is not None and self.low_rank_up is not None:
-            reduced = functional.linear(x, self.low_rank_down.to(x.dtype))
-            branch = functional.linear(reduced, self.low_rank_up.to(x.dtype))
-        if self.rotation is not None:
-            x = hadamard.rotate_by(x, self.rotation)
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` to `[..., N]` with bias, on a kernel."""
         tokens = x.reshape(-1, self.in_features).contiguous()
-        y = self._product(tokens).view(*x.shape[:-1], self.out_features)
-        return y if branch is None else y + branch
+        return self._matrix_product(tokens).view(*x.shape[:-1], self.out_features)
 
-    def _product(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _matrix_product(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[M, K]` to `[M, N]` with bias."""
         weight, out_dtype = self.packed_weight, tokens.dtype
         row_scale = self.one
