@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CacheReport", "Tally"]
+__all__ = ["CacheReport", "Tally", "tenths"]
 
 Counts = NDArray[np.int64]
 
@@ -100,18 +100,19 @@ class CacheReport:
         ]
         width = max(map(len, self.blocks))
         lines += [
-            f"{name:{width}} {''.join(map(_mark, hits, calls))}"
+            f"{name:{width}} {''.join(map(tenths, hits, calls))}"
             for name, hits, calls in zip(self.blocks, self.hits, self.calls, strict=True)
         ]
         return "\n".join(lines)
 
 
-def _mark(hits: np.int64, calls: np.int64) -> str:
-    if not calls:
+def tenths(part: np.int64, whole: np.int64) -> str:
+    """One character of a map: "." for all of it, "#" for none, else tenths; blank of nothing."""
+    if not whole:
         return " "
-    if hits in (0, calls):
-        return "." if hits else "#"
-    return str(min(9, max(1, round(10 * hits / calls))))
+    if part in (0, whole):
+        return "." if part else "#"
+    return str(min(9, max(1, round(10 * part / whole))))
 
 
 @dataclass

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vcompress.compress.cache.report import tenths
+
 __all__ = ["BITS", "PrecisionReport", "Tally"]
 
 # Of an input: four, eight, or as it is.
@@ -83,17 +85,12 @@ class PrecisionReport:
             "one column a step; # more bits, . four bits, 1-9 tenths in four bits, blank never ran",
         ]
         width = max(map(len, self.blocks))
-        for name, row in zip(self.blocks, self.rate(), strict=True):
-            lines.append(f"{name:{width}} {''.join(map(_mark, row))}")
+        four_bits, total = self.work[..., 0], self.work.sum(-1)
+        lines += [
+            f"{name:{width}} {''.join(map(tenths, part, whole))}"
+            for name, part, whole in zip(self.blocks, four_bits, total, strict=True)
+        ]
         return "\n".join(lines)
-
-
-def _mark(rate: float) -> str:
-    if rate != rate:
-        return " "
-    if rate in (0, 1):
-        return "." if rate else "#"
-    return str(min(9, max(1, round(10 * rate))))
 
 
 @dataclass
