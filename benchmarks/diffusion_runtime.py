@@ -35,10 +35,10 @@ import torch
 import vcompress
 from vcompress.benchmarks.diffusion_table import put
 from vcompress.compress.cache import CacheSection, apply_cache
-from vcompress.export.deployed import RUNTIMES, Session, open_graph
 from vcompress.export.graph import export_onnx
 from vcompress.export.openvino_runtime import open_openvino
 from vcompress.export.runtime import open_session
+from vcompress.export.sessions import RUNTIMES, Session, open_graph
 from vcompress.models.load import LoadOptions, load_model
 from vcompress.models.video import PrimaryOutput
 from vcompress.pipeline.cache_sampler import Case, Sampler, make_cases, open_sampler, read_prompts

@@ -56,7 +56,8 @@ def export(
     No model is needed: all is made from the artifact's own graphs, read back, and run on its golden
     clips where this machine can run it.
     """
-    from vcompress.export.extend import export_runtime, export_with_input
+    from vcompress.export.extend import export_runtime
+    from vcompress.export.other_input import export_with_input
     from vcompress.pipeline.serving import export_for_server
     from vcompress.terminal.console import Console
     from vcompress.terminal.export import print_extension, print_server

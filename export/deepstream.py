@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vcompress.export.extend import copy_graph, export_with_input, graph_file
+from vcompress.export.artifact_files import copy_graph, graph_file
+from vcompress.export.other_input import export_with_input
 from vcompress.spec.artifact import MANIFEST, Artifact
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,111 +25,17 @@ from vcompress.calib.decode import read_frames
 from vcompress.calib.live import live_frames
 from vcompress.calib.preprocess import to_model_input
 from vcompress.export.ahead import Ahead
+from vcompress.export.sessions import Session, open_graph
 from vcompress.spec.artifact import Artifact
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import BuildError, InputError
 
-__all__ = [
-    "RUNTIMES", "Answer", "Deployed", "Session", "Start", "open_deployed", "open_graph",
-]  # fmt: skip
+__all__ = ["Answer", "Deployed", "Start", "open_deployed"]
 
 Array = npt.NDArray[Any]
 Skipped = Callable[[str, InputError], None]
 _DECODED_AHEAD = 4
 _TOP = 5
-
-
-class Session(Protocol):
-    """A loaded model, whatever runtime it is in."""
-
-    @property
-    def providers(self) -> tuple[str, ...]:
-        """What really computes, read back from the runtime."""
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names of the inputs."""
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        """Names of the outputs."""
-
-    @property
-    def input_shape(self) -> tuple[int | None, ...]:
-        """Shape of the first input; None where a size is dynamic."""
-
-    def run_named(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """All outputs by name, for all inputs by name."""
-
-    def kernels(self) -> dict[str, int]:
-        """What the runtime really executes, counted."""
-
-
-def _onnxruntime(artifact: Artifact, provider: str | None, threads: int | None) -> Session:
-    from vcompress.export.runtime import open_session
-
-    providers = () if provider is None else (provider,)
-    return open_session(
-        _file(artifact, "onnx"), providers=providers or ("CPUExecutionProvider",), threads=threads
-    )
-
-
-def _onnxruntime_cuda(artifact: Artifact, provider: str | None, threads: int | None) -> Session:
-    from vcompress.export.runtime import open_session
-
-    path = artifact.file("cuda-onnx")
-    if path is None:
-        message = (
-            f"{artifact.path} has no graph for ONNX Runtime on CUDA; add it: vcompress export "
-            f"{artifact.path} --runtime onnxruntime-cuda"
-        )
-        raise InputError(message)
-    return open_session(path, providers=(provider or "CUDAExecutionProvider",), threads=threads)
-
-
-def _openvino(artifact: Artifact, provider: str | None, threads: int | None) -> Session:
-    from vcompress.export.openvino_runtime import open_openvino
-
-    # An artifact without a file of its own for OpenVINO has one that any runtime takes.
-    path = artifact.file("openvino-onnx") or _file(artifact, "onnx")
-    return open_openvino(path, device=provider or "CPU", threads=threads)
-
-
-def _engine(runtime: str) -> Callable[[Artifact, str | None, int | None], Session]:
-    def opened(artifact: Artifact, provider: str | None, _threads: int | None) -> Session:
-        from vcompress.export.engine_runtime import open_engine
-
-        return open_engine(artifact, runtime, provider)
-
-    return opened
-
-
-_OPENERS: Mapping[str, Callable[[Artifact, str | None, int | None], Session]] = {
-    "onnxruntime": _onnxruntime,
-    "onnxruntime-cuda": _onnxruntime_cuda,
-    "openvino": _openvino,
-    "tensorrt-rtx": _engine("tensorrt-rtx"),
-    "tensorrt": _engine("tensorrt"),
-}
-RUNTIMES = tuple(_OPENERS)
-
-
-def open_graph(
-    artifact: Artifact, runtime: str, *, provider: str | None = None, threads: int | None = None
-) -> Session:
-    """The graph of `artifact` that `runtime`, one of `RUNTIMES`, takes; see `open_deployed`."""
-    if runtime not in _OPENERS:
-        message = f"unknown runtime {runtime!r} to run in; choose one of: {', '.join(RUNTIMES)}"
-        raise InputError(message)
-    return _OPENERS[runtime](artifact, provider, threads)
-
-
-def _file(artifact: Artifact, role: str) -> Path:
-    path = artifact.file(role)
-    if path is None:
-        message = f"{artifact.path} holds no file with the role {role!r}; make the artifact again"
-        raise InputError(message)
-    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +97,7 @@ def open_deployed(
 
     Args:
         path: the artifact's directory.
-        runtime: one of `RUNTIMES`.
+        runtime: one of `sessions.RUNTIMES`.
         provider: the execution provider or device, in the words of the runtime; it must really be
             used. None for the CPU.
         threads: on the CPU; None for as many as the process may use.

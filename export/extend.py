@@ -1,4 +1,4 @@
-"""More from an artifact that is there: files for other runtimes, and other inputs.
+"""More from an artifact that is there: files for other runtimes.
 
 Nothing is decided anew and no model is needed: all is made from the artifact's own graphs, read
 back, and run on the golden clips where this machine can run it.
@@ -14,30 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
-from vcompress.calib.preprocess import to_frames, to_model_input
 from vcompress.export import engine as engines
+from vcompress.export.artifact_files import copy_files, graph_file
 from vcompress.export.deployed import open_deployed
 from vcompress.export.dialects.onnxruntime_cuda import for_onnxruntime_cuda
 from vcompress.export.dialects.openvino import for_openvino
-from vcompress.export.fold_input import fold_input, folded_clip
-from vcompress.export.manifest import GOLDEN_INPUTS, INPUT_NAME
+from vcompress.export.manifest import INPUT_NAME
 from vcompress.export.publish import staged_directory, write_manifest
 from vcompress.export.readback import read_precision
 from vcompress.export.runtime import CPU, in_float16
 from vcompress.export.shape_profiles import ShapeProfile, profiles_around
 from vcompress.spec.artifact import Artifact
-from vcompress.spec.clip import ClipSpec, Layout
+from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import BuildError, InputError, MissingCapabilityError
 
-__all__ = ["RUNTIMES", "Extension", "export_runtime", "export_with_input", "require_formats"]
+__all__ = ["RUNTIMES", "Extension", "export_runtime", "require_formats"]
 
 RUNTIMES = ("onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt-rtx", "tensorrt")
 OPENVINO_FILE = "model.openvino.onnx"
 CUDA_FILE = "model.cuda.onnx"
-GRAPH_ROLES = ("onnx", "tensorrt-onnx", "openvino-onnx")
 _LARGEST_CUDA_BYTES = 1_800_000_000
 # The first GPUs with tensor cores for a format: Ada, and Blackwell.
 _LEAST_SM = {
@@ -226,131 +223,9 @@ def _with_openvino(artifact: Artifact) -> Artifact:
 def _add(artifact: Artifact, file: Path, role: str, about: Mapping[str, Any]) -> None:
     """Publish the artifact anew, with one file more or replaced."""
     with staged_directory(artifact.path, force=True) as staging:
-        roles, abouts = _copied(artifact, staging, without=(file.name,))
+        roles, abouts = copy_files(artifact, staging, without=(file.name,))
         shutil.copyfile(file, staging / file.name)
         manifest = {key: value for key, value in artifact.manifest.items() if key != "files"}
         write_manifest(
             staging, manifest, roles={**roles, file.name: role}, about={**abouts, file.name: about}
         )
-
-
-def _copied(
-    artifact: Artifact, target: Path, *, without: tuple[str, ...] = ()
-) -> tuple[dict[str, str], dict[str, Mapping[str, Any]]]:
-    """Copy the files of an artifact; their roles, and what is known about them."""
-    roles, abouts = {}, {}
-    for entry in artifact.manifest["files"]:
-        name = entry["path"]
-        if name in without:
-            continue
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(artifact.path / name, target / name)
-        roles[name] = entry["role"]
-        if "about" in entry:
-            abouts[name] = entry["about"]
-    return roles, abouts
-
-
-def graph_file(artifact: Artifact, role: str) -> Path:
-    """The graph with this role; an `InputError` where there is none."""
-    path = artifact.file(role)
-    if path is None:
-        message = f"{artifact.path} has no file with the role {role}; make the artifact again"
-        raise InputError(message)
-    return path
-
-
-def copy_graph(source: Path, target: Path) -> None:
-    """A graph under another name, with its external weights under the name that it knows."""
-    shutil.copyfile(source, target)
-    locations = {
-        entry.value
-        for tensor in onnx.load(source, load_external_data=False).graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    for location in locations:
-        shutil.copyfile(source.parent / location, target.parent / location)
-
-
-def export_with_input(
-    path: Path, output: Path, *, dtype: str, layout: Layout | None = None, force: bool = False
-) -> Extension:
-    """Write the artifact anew as one that takes other inputs.
-
-    Args:
-        path: an artifact.
-        output: the new one. Engines are not in it, since they have the old input.
-        dtype: "uint8" moves the normalisation into the graph; "float32" leaves it out.
-        layout: order of the axes; None for the one that it is.
-        force: replace an artifact that is already at `output`.
-
-    Raises:
-        InputError: no artifact of clips, or one that takes bytes already.
-        BuildError: the golden clips do not go with the normalisation, or the new graph computes
-            something else.
-    """
-    artifact = Artifact.open(path, verify_hashes=True)
-    if artifact.manifest["clip"] is None:
-        message = f"{path} is a model of calls, not of videos: it has no preprocessing"
-        raise InputError(message)
-    old = ClipSpec.from_dict(artifact.manifest["clip"])
-    new = folded_clip(old, dtype=dtype, layout=layout or old.layout)
-    engine_files = tuple(
-        entry["path"] for entry in artifact.manifest["files"] if entry["role"] == "engine"
-    )
-    with staged_directory(output, force=force) as staging:
-        roles, abouts = _copied(artifact, staging, without=engine_files)
-        for name, role in roles.items():
-            if role in GRAPH_ROLES:
-                model = onnx.load(staging / name, load_external_data=False)
-                fold_input(model, old, dtype=dtype, layout=new.layout)
-                _describe(model, new)
-                onnx.save(model, staging / name)
-        _golden(staging, artifact.manifest["golden"]["file"], old, new)
-        manifest = {key: value for key, value in artifact.manifest.items() if key != "files"}
-        write_manifest(staging, _changed(manifest, old, new), roles=roles, about=abouts)
-        error = open_deployed(staging).check()
-    return Extension(
-        path=output, file="model.onnx", written=True, runtime="onnxruntime", kernels={},
-        golden_relative_l2=error, formats={}, facts={"clip": new.as_dict()},
-    )  # fmt: skip
-
-
-def _changed(manifest: dict[str, Any], old: ClipSpec, new: ClipSpec) -> dict[str, Any]:
-    (described,) = manifest["inputs"]
-    sizes = dict(zip(old.layout, described["shape"], strict=True))
-    shape = [sizes[axis] for axis in new.layout]
-    changed = {**described, "dtype": new.dtype, "layout": new.layout, "shape": shape}
-    return {**manifest, "inputs": [changed], "clip": new.as_dict()}
-
-
-def _describe(model: onnx.ModelProto, clip: ClipSpec) -> None:
-    """Put the new clip into the metadata, for a runtime that has this file alone."""
-    from vcompress.spec import strict_json
-
-    for entry in model.metadata_props:
-        if entry.key == "vcompress":
-            facts = strict_json.parse(entry.value, "metadata_props")
-            entry.value = strict_json.dump({**facts, "clip": clip.as_dict()})
-
-
-def _golden(folder: Path, name: str, old: ClipSpec, new: ClipSpec) -> None:
-    """The golden clips as the new input takes them; the outputs stay what they were."""
-    with np.load(folder / name, allow_pickle=False) as arrays:
-        inputs, outputs = arrays[GOLDEN_INPUTS], arrays["outputs"]
-    if new.dtype == "uint8":
-        frames = [to_frames(clip, old) for clip in inputs]
-        again = np.stack([to_model_input(clip, old) for clip in frames])
-        if not np.allclose(again, inputs, rtol=1e-4, atol=1e-5):
-            message = (
-                "the golden clips are not what pixels become by the manifest's rescale, mean and "
-                "std, so one of them is wrong; make the artifact again from videos, with the "
-                "model's own --mean and --std"
-            )
-            raise BuildError(message)
-        inputs = np.stack([to_model_input(clip, new) for clip in frames])
-    else:
-        order = [old.layout.index(axis) for axis in new.layout]
-        inputs = np.ascontiguousarray(inputs.transpose(order))
-    np.savez_compressed(folder / name, **{GOLDEN_INPUTS: inputs, "outputs": outputs})

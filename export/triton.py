@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from vcompress.export.extend import copy_graph, graph_file
+from vcompress.export.artifact_files import copy_graph, graph_file
 from vcompress.spec.artifact import MANIFEST, Artifact, sha256_of
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from vcompress.compress.kernels import execute as kernels
 from vcompress.compress.passes import PASSES, QuantizePass
 from vcompress.compress.restore import restore_module
 from vcompress.compress.tensors import ModelTensors
-from vcompress.export.deployed import open_graph
+from vcompress.export.sessions import open_graph
 from vcompress.models.empty import empty_module
 from vcompress.models.structure import find_blocks, find_layers
 from vcompress.models.video import VideoModel

@@ -17,7 +17,8 @@ from tritonclient.grpc import model_config_pb2
 
 from vcompress import cli
 from vcompress.export.deployed import open_deployed
-from vcompress.export.extend import export_runtime, export_with_input, require_formats
+from vcompress.export.extend import export_runtime, require_formats
+from vcompress.export.other_input import export_with_input
 from vcompress.export.publish import write_manifest
 from vcompress.export.readback import read_precision
 from vcompress.export.serving import export_for_server
