@@ -41,6 +41,7 @@ from vcompress.compress.algorithms.rounding import (
 from vcompress.compress.numerics import nvfp4
 from vcompress.models.video import VideoModel
 from vcompress.spec.errors import InputError, MissingCapabilityError
+from vcompress.spec.formats import FORMATS
 
 __all__ = ["ALGORITHMS", "RANKS", "Calibration", "calibrate"]
 
@@ -102,7 +103,9 @@ def calibrate(
     """Run modelopt's `algorithm` over the clips.
 
     Args:
-        formats: layer -> "nvfp4", "int8" or "fp8"; other layers are left out.
+        formats: layer -> format. "nvfp4" and "fp8" are simulated as they are, all others as INT8,
+            whose factors and ranges serve them too. Stored weights do not: of an algorithm that
+            finds these, layers in other formats of blocks are left out.
         algorithm: a key of `ALGORITHMS`.
         run_clips: passes all calibration clips through the model it is given.
 
@@ -113,9 +116,13 @@ def calibrate(
     if algorithm not in ALGORITHMS:
         message = f"unknown algorithm {algorithm!r}; choose one of: max, {', '.join(ALGORITHMS)}"
         raise InputError(message)
+    if algorithm in _STORING:
+        formats = {layer: each for layer, each in formats.items() if _can_store(each)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantization = _modelopt()
+        if not formats:
+            return Calibration(input_amax={}, tensors={}, algorithm=algorithm)
         config = {
             "quant_cfg": _quantizer_rules(model, formats, storing=algorithm in _STORING),
             "algorithm": ALGORITHMS[algorithm],
@@ -130,6 +137,11 @@ def calibrate(
             quantization.quantize(subject.module, config, lambda _module: run_clips(subject))
     with torch.no_grad():
         return _read(subject, formats, algorithm)
+
+
+def _can_store(format_name: str) -> bool:
+    """Whether a weight on modelopt's scales is one of the format."""
+    return format_name == "nvfp4" or FORMATS[format_name].block_size <= 0
 
 
 def _modelopt() -> Any:

@@ -130,3 +130,14 @@ def test_what_is_broken_in_modelopt_comes_back_as_it_is(
 def test_an_unknown_algorithm(model: VideoModel, clips: torch.Tensor) -> None:
     with pytest.raises(InputError, match="unknown algorithm 'magic'"):
         calibrated(model, clips, "nvfp4", "magic")
+
+
+@pytest.mark.parametrize("algorithm", ["modelopt-gptq", "modelopt-mse"])
+def test_weights_of_formats_that_modelopt_does_not_store_are_left_out(
+    model: VideoModel, clips: torch.Tensor, algorithm: str
+) -> None:
+    found = calibrated(model, clips, "mxfp4", algorithm)
+    assert found.input_amax == {}
+    assert found.tensors == {}
+    # Factors for the channels of the input serve any format.
+    assert calibrated(model, clips, "mxfp4", "awq").smoothing
