@@ -67,7 +67,7 @@ def denoisers_of(
     """The denoisers by name: what diffusers calls them, where several have none.
 
     Raises:
-        InputError: a cache is there already, or blocks or timestep are not found.
+        InputError: no denoiser, a cache that is there already, or blocks or timestep are not found.
     """
     if isinstance(modules, nn.Module):
         named: Mapping[str, nn.Module] = {"": modules}
@@ -77,7 +77,10 @@ def denoisers_of(
         # Pipelines hold None in the place of a second denoiser that they have not.
         present = [module for module in modules if module is not None]
         names = ["transformer", *(f"transformer_{index}" for index in range(2, len(present) + 1))]
-        named = dict(zip(names, present, strict=False)) if len(present) > 1 else {"": present[0]}
+        named = dict(zip(names if len(present) > 1 else [""], present, strict=False))
+    if not named:
+        message = "a cache is put around at least one denoiser, got none; give pipe.transformer"
+        raise InputError(message)
     for module in named.values():
         if isinstance(vars(module).get("forward"), ForwardGate):
             message = (

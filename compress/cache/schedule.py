@@ -89,7 +89,7 @@ class Runs:
             starts.add(min(one.output, default=0))
         products = []
         for rows in outputs.values():
-            if set(rows) < set(range(num_steps)):
+            if not set(rows) >= set(range(num_steps)):
                 message = (
                     f"a schedule for {num_steps} steps needs runs of as many, one has "
                     f"{len(rows)}; run the pipeline with the same number of steps"

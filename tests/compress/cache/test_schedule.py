@@ -107,3 +107,8 @@ def test_a_rung_is_judged_by_fits_that_have_not_seen_the_clip() -> None:
 def test_runs_of_another_length_are_refused() -> None:
     with pytest.raises(InputError, match="needs runs of as many"):
         Runs.of([trajectory(torch.ones(N - 1, 2))], N)
+    # One that goes on for longer, but lacks a step.
+    run = trajectory(torch.ones(N + 1, 2))
+    del run.output[3]
+    with pytest.raises(InputError, match="needs runs of as many"):
+        Runs.of([run], N)

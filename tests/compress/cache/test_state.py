@@ -199,6 +199,12 @@ def test_two_caches_are_refused(ramp: Any) -> None:
         apply_cache(module, ALWAYS)
 
 
+@pytest.mark.parametrize("modules", [[], [None, None], {}])
+def test_no_denoiser_is_no_cache(modules: Any) -> None:
+    with pytest.raises(InputError, match="at least one denoiser"):
+        apply_cache(modules, ALWAYS)
+
+
 def test_a_layer_learns_what_its_precision_depends_on(ramp: Any) -> None:
     module = ramp([1.0] * 9)
     section = CacheSection(policy="fixed", interval=3, num_steps=9, protect_first=2, protect_last=2)
