@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from vcompress.pipeline.cache import CacheFound
 
 __all__ = [
-    "AMPLIFIED", "hit_map", "picture", "rate_map", "side_by_side", "strip", "write_report",
+    "AMPLIFIED", "hit_map", "lowest", "picture", "rate_map", "side_by_side", "strip",
+    "write_report",
 ]  # fmt: skip
 
 # How much larger a difference is shown than it is.
@@ -113,12 +114,14 @@ def _view(found: CacheFound) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tiles(found: CacheFound, trial: Trial) -> list[dict[str, str]]:
-    def lowest(values: Sequence[float], form: str) -> str:
-        if len(values) == 1:
-            return "of one held-out clip"
-        return f"mean of {len(values)} held-out clips, lowest {min(values):{form}}"
+def lowest(values: Sequence[float], form: str) -> str:
+    """What a mean is of, and how low it gets."""
+    if len(values) == 1:
+        return "of one held-out clip"
+    return f"mean of {len(values)} held-out clips, lowest {min(values):{form}}"
 
+
+def _tiles(found: CacheFound, trial: Trial) -> list[dict[str, str]]:
     alone = [] if not found.alone else [
         {"label": "PSNR of precision alone", "value": f"{np.mean(found.alone):.2f}", "unit": "dB",
          "note": f"the quantized layers with every step computed, lowest {min(found.alone):.2f}"}

@@ -14,7 +14,14 @@ import numpy as np
 import torch
 
 import vcompress
-from vcompress.pipeline.cache_report import AMPLIFIED, picture, rate_map, side_by_side, strip
+from vcompress.pipeline.cache_report import (
+    AMPLIFIED,
+    lowest,
+    picture,
+    rate_map,
+    side_by_side,
+    strip,
+)
 from vcompress.pipeline.dynamic_search import FAMILIES
 from vcompress.validate.frames import ssim
 from vcompress.validate.html import render_page
@@ -85,9 +92,9 @@ def _tiles(found: DynamicFound, similarity: list[float]) -> list[dict[str, str]]
     static = evidence["four_bits_held_out"]["psnr_db"]
     return [
         {"label": "PSNR", "value": f"{np.mean(trial.psnr_db):.2f}", "unit": "dB",
-         "note": f"mean of {len(trial.psnr_db)} held-out clips, lowest {min(trial.psnr_db):.2f}"},
+         "note": lowest(trial.psnr_db, ".2f")},
         {"label": "SSIM", "value": f"{np.mean(similarity):.4f}", "unit": "",
-         "note": f"lowest {min(similarity):.4f}"},
+         "note": lowest(similarity, ".4f")},
         {"label": "Four bits", "value": f"{100 * trial.report.share:.1f}", "unit": "%",
          "note": f"of the work of layers that change, {trial.report.linear_share:.1%} of that of "
          "all linear layers"},
