@@ -50,8 +50,9 @@ def print_inspection(console: Console, path: Path) -> None:
     elif path.suffix == ".onnx":
         _inspect_onnx(console, path)
     else:
+        problem = "is none of what inspect reads" if path.exists() else "does not exist"
         message = (
-            f"{path}: inspect reads an artifact directory, a plan.json, an .onnx file, or a "
+            f"{path} {problem}; give an artifact directory, a plan.json, an .onnx file, or a "
             "folder of a model or pipeline of diffusers"
         )
         raise InputError(message)

@@ -78,7 +78,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
              "reference:penvideo20", "--tokens", "1.5"],
             2, "--tokens must be above 0 and at most 1",
         ),
-        (["inspect", "absent"], 2, "inspect reads"),
+        (["inspect", "absent"], 2, "absent does not exist"),
         (["validate", "."], 2, "is not an artifact"),
         (["apply", "absent.json", "m.pt"], 2, "cannot read absent.json"),
     ],
