@@ -57,7 +57,7 @@ _PREFIX = "model."
 class Graphs:
     """The exported files of one run, in its working folder."""
 
-    baseline: Path
+    baseline: GraphFacts
     portable: GraphFacts
     tensorrt: GraphFacts
 
@@ -92,7 +92,8 @@ def produce(
         verdict = with_speed(
             _with_generated(judged, plan, options), _speed(proof, graphs, clips, options, progress)
         )
-        graphs.baseline.unlink()
+        for path in graphs.baseline.files:
+            path.unlink()
         _write_data(folder, model, clips, proof)
         if "_class_name" in model.config:
             _write_module(folder, planned)
@@ -140,8 +141,8 @@ def _speed(
     sample = next(clips.test.tensors(1))
     with tempfile.TemporaryDirectory(prefix="vcompress-") as name:
         return time_graphs(
-            graphs.baseline, graphs.portable.files[0], sample, options.min_speedup, progress,
-            Path(name),
+            graphs.baseline.files[0], graphs.portable.files[0], sample, options.min_speedup,
+            progress, Path(name),
         )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def _export(
         return facts
 
     return Graphs(
-        baseline=export(model, "baseline.onnx", "portable").files[0],
+        baseline=export(model, "baseline.onnx", "portable"),
         portable=export(planned, "model.onnx", "portable"),
         tensorrt=export(planned, "model.tensorrt.onnx", "tensorrt"),
     )
@@ -175,7 +176,7 @@ def _export(
 
 def _verify(plan: CompressionPlan, graphs: Graphs, progress: Progress) -> None:
     """Read the formats back from the files: what was planned is what they hold."""
-    unquantized = read_precision(graphs.baseline, prefix=_PREFIX).layers
+    unquantized = read_precision(graphs.baseline.files[0], prefix=_PREFIX).layers
     for name in plan.quantize:
         if name not in unquantized:
             progress.warn(f"{name} does not reach the exported output; its format has no effect")
@@ -211,7 +212,9 @@ def _verify_attention(model: VideoModel, plan: CompressionPlan, graphs: Graphs) 
     if plan.attention is None:
         return
     calls = find_attentions(model.module, model.example())
-    lost = 2 * sum(map(len, calls.values())) - len(read_precision(graphs.baseline).products)
+    lost = 2 * sum(map(len, calls.values())) - len(
+        read_precision(graphs.baseline.files[0]).products
+    )
     planned = Counter[str]()
     for name, choice in plan.attention.items():
         formats = [each for each in PRODUCT_FORMATS.get(choice.format, ()) if each != FLOAT]
@@ -278,8 +281,8 @@ def _forms(model: VideoModel, planned: VideoModel, graphs: Graphs) -> proving.Fo
     return proving.Forms(
         baseline=model,
         planned=planned,
-        baseline_session=open_session(graphs.baseline),
-        baseline_path=graphs.baseline,
+        baseline_session=open_session(graphs.baseline.files[0]),
+        baseline_path=graphs.baseline.files[0],
         portable_session=open_session(graphs.portable.files[0]),
         portable_path=graphs.portable.files[0],
         tensorrt_path=graphs.tensorrt.files[0],

@@ -107,3 +107,20 @@ def test_other_clips_than_those_of_the_report_are_noticed(
     code, message = run(monkeypatch, "validate", "out/")
     assert code == 2
     assert "these are not the test clips of the report" in str(message)
+
+
+def test_large_weights_lie_beside_their_graphs_and_those_of_the_baseline_nowhere(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a model of more than 1.8 GB, whose files of ONNX would be too large for one message."""
+    monkeypatch.setattr("vcompress.export.graph.EXTERNAL_DATA_BYTES", 10_000)
+    code, message = run(
+        monkeypatch, "quantize", "model.pt", "--target", "int8", "--calib", "clips/", "--output",
+        "out/", "--no-engine", "--max-drop", "100", "--quiet", "--algorithm", "max",
+    )  # fmt: skip
+    assert code == 0, message
+    names = {path.name for path in (workplace / "out").iterdir()}
+    assert {"model.onnx", "model.onnx.data", "model.tensorrt.onnx.data"} <= names
+    assert not [name for name in names if "baseline" in name]
+    code, message = run(monkeypatch, "validate", "out/")
+    assert code == 0, message
