@@ -386,7 +386,8 @@ def test_a_crash_at_any_step_leaves_old_or_new(tmp_path: Path, system: str, repl
 
 
 def test_preflight_takes_milliseconds(tmp_path: Path) -> None:
-    started = time.perf_counter()
+    # Processor time: the wall clock depends on what else the machine and its disk do.
+    started = time.process_time()
     for _ in range(20):
         check_output(tmp_path / "out")
-    assert (time.perf_counter() - started) / 20 < 0.1
+    assert (time.process_time() - started) / 20 < 0.1

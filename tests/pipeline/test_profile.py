@@ -86,12 +86,15 @@ def test_the_command_prints_and_writes(
     assert cli._run() == (0, None)
     data = json.loads(path.read_text())
     assert data["command"] == "profile"
-    assert data["classes"]["linear"] > data["classes"]["convolution"]
+    assert {"linear", "convolution", "attention"} <= set(data["classes"])
     attentions = [each for each in data["layers"] if each["kind"] == "attention"]
     # Two products of 128 tokens by 128 tokens over 128 channels, in each of four blocks.
     assert [each["operations"] for each in attentions] == [4 * 128**3] * 4
     printed = capsys.readouterr().out
-    for word in ("linear", "patch_embeddings.projection", "quantize linears", "reduce tokens"):
+    # Which layers took longest is the machine's to say; what is printed are those of the file.
+    longest = max(data["layers"], key=lambda each: each["seconds"])
+    shown = longest["name"][-30:] or "(the model itself)"
+    for word in ("linear", shown, "quantize linears", "reduce tokens"):
         assert word in printed
     monkeypatch.setattr(sys, "argv", [*arguments[:3], "--json", "--quiet"])
     assert cli._run() == (0, None)
