@@ -16,6 +16,7 @@ from vcompress.pipeline.cache import CacheFound
 from vcompress.pipeline.cache_request import JointSearch, cache_request, with_calls
 from vcompress.pipeline.dynamic_request import DynamicFound, dynamic_request
 from vcompress.pipeline.free_axes import check_dynamic
+from vcompress.pipeline.guessing import warn_of_guessing
 from vcompress.pipeline.planning import (
     apply_plan,
     check_against,
@@ -250,6 +251,7 @@ def _open_clips(model: VideoModel, options: Options, progress: Progress) -> Clip
             f"only {len(sets.calibration)} calibration {what}: input ranges may be too small; 64 "
             "or more are better"
         )
+    warn_of_guessing(model, sets.calibration, progress)
     return sets
 
 

@@ -7,6 +7,7 @@ the drop at or below the bar (Bonett-Price interval, see `paired`); an observed 
 fails; what lies between is inconclusive, with the number of clips that would settle it.
 Without labels every clip whose top-1 class changed counts as lost, the worst it could be. Outputs
 that name no class are judged by SQNR, if a bar is set for it, and otherwise not at all.
+A baseline that does no better than guessing has nothing to lose: no drop is a pass there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from statistics import mean
 from typing import Any, Literal
 
 from vcompress.spec.errors import InputError
+from vcompress.validate.guessing import why_guessing
 from vcompress.validate.paired import PairedDrop, clips_needed, paired_drop
 
 __all__ = ["Outcome", "Verdict", "judge", "with_generated"]
@@ -176,12 +178,15 @@ def _judge_drop(metrics: Mapping[str, float | int | None], bar: float) -> Verdic
         outcome = "fail"
     elif drop.upper_points <= bar:
         outcome = "pass"
+    guessed = "" if outcome == "fail" else _guessed(metrics)
+    if guessed:
+        outcome = "inconclusive"
     # A miss that the interval does not establish is a fail too, but more clips could overturn it.
     settled = outcome == "pass" or drop.lower_points > bar
-    needed = None if settled else _needed(drop, bar)
+    needed = None if settled or guessed else _needed(drop, bar)
     return Verdict(
         outcome=outcome,
-        reason=_reason(drop, bar, outcome, needed, labelled=labelled),
+        reason=guessed or _reason(drop, bar, outcome, needed, labelled=labelled),
         metric="top1_drop" if labelled else "top1_disagreement",
         drop_points=drop.drop_points,
         drop_points_lower=drop.lower_points,
@@ -190,6 +195,18 @@ def _judge_drop(metrics: Mapping[str, float | int | None], bar: float) -> Verdic
         num_clips=drop.num_clips,
         clips_needed=needed,
     )
+
+
+def _guessed(metrics: Mapping[str, float | int | None]) -> str:
+    """Why a drop says nothing, if the baseline is right no more often than a guesser is."""
+    percent, num_clips = metrics.get("baseline_top1_percent"), _count(metrics, "num_clips")
+    if percent is None:
+        return ""
+    reason = why_guessing(
+        num_right=round(num_clips * percent / 100), num_clips=num_clips,
+        num_classes=_count(metrics, "num_classes"),
+    )  # fmt: skip
+    return f"{reason} A drop of top-1 says nothing here." if reason else ""
 
 
 def _needed(drop: PairedDrop, bar: float) -> int | None:

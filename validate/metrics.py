@@ -256,6 +256,7 @@ def _class_metrics(b: NDArray[Any], c: NDArray[Any]) -> Metrics:
     return {
         "agreement_percent": agreement_percent(b, c),
         "num_disagreements": int((b.argmax(axis=1) != c.argmax(axis=1)).sum()),
+        "num_classes": b.shape[1],
         "kl_nats_mean": float(divergence.mean()),
         "kl_nats_p99": float(np.quantile(divergence, 0.99)),
     }
