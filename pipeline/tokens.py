@@ -14,7 +14,12 @@ import torch
 
 from vcompress.calib.calls import Samples
 from vcompress.compress.tensors import TOKENS, ModelTensors
-from vcompress.compress.tokens.decide import refused_techniques, trials_on, with_readout
+from vcompress.compress.tokens.decide import (
+    refused_techniques,
+    too_few_clips,
+    trials_on,
+    with_readout,
+)
 from vcompress.compress.tokens.flops import counts_of
 from vcompress.compress.tokens.rules import objection
 from vcompress.compress.tokens.search import Found, TokenSearch
@@ -112,6 +117,10 @@ def find_tokens(
         raise InputError(message)
     with recorded.stage("search"):
         trials = trials_on(model, clips.calibration, options.seed)
+        if options.max_drop is not None:
+            coarse = too_few_clips(Budget("drop_points", options.max_drop), trials.num_clips)
+            if coarse is not None:
+                recorded.warn(coarse)
         search = TokenSearch(trials)
         found, latency = _found(search, model, options, max_flops, max_latency)
         decided = with_readout(model, found.section, clips.calibration, options.seed)

@@ -56,9 +56,11 @@ def print_profile_pair(found: ProfilePair, *, as_json: bool) -> None:
         return
     totals = sum(found.before.values()), sum(found.after.values())
     print(
-        f"{found.artifact}: {1e3 * totals[1]:.2f} ms a call of {found.batch_size}, "
-        f"{1e3 * totals[0]:.2f} ms before ({found.speed_ratio:.2f}x), {found.threads} threads, "
-        f"{found.runtime}, {found.device['cpu']}\n"
+        f"{found.artifact}: {1e3 * found.measured_after:.2f} ms a call of {found.batch_size}, "
+        f"{1e3 * found.measured_before:.2f} ms before ({found.speed_ratio:.2f}x), "
+        f"{found.threads} threads, {found.runtime}, {found.device['cpu']}\n"
+        f"while watched, kernel by kernel, {1e3 * totals[1]:.2f} ms and {1e3 * totals[0]:.2f} ms "
+        "before, of which\n"
     )
     print(f"  {'':<20}{'before ms':>11}{'share':>8}{'after ms':>11}{'share':>8}{'saved ms':>11}")
     for name, before in found.before.items():

@@ -278,9 +278,11 @@ def test_the_profile_of_an_artifact_stands_beside_that_of_its_model(
     before, after = found["before"], found["after"]
     assert before["rounding"] == 0.0 < after["rounding"]
     assert min(before["linear"], after["linear"], before["attention"], after["attention"]) > 0
-    assert found["speed_ratio"] == pytest.approx(sum(before.values()) / sum(after.values()))
+    assert min(found[each] for each in ("speed_ratio", "measured_before", "measured_after")) > 0
     assert run(monkeypatch, "profile", artifact, "-q")[0] == 0
-    assert "saved ms" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "saved ms" in printed
+    assert "while watched" in printed
 
 
 def test_an_unknown_target_of_a_plan_is_an_error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ from vcompress.spec.token_section import TokenSection
 
 __all__ = [
     "NUM_SEARCH_CLIPS", "DecidedTokens", "decide_tokens", "refitted_on", "refused_techniques",
-    "trials_on", "with_readout",
+    "too_few_clips", "trials_on", "with_readout",
 ]  # fmt: skip
 
 # A bar in points is read off these: one clip in 64 is 1.6 points.
@@ -111,9 +112,28 @@ def refused_techniques(model: VideoModel) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
+def too_few_clips(budget: Budget, num_clips: int) -> str | None:
+    """What to tell a user whose bar lets not a single one of `num_clips` clips change its class."""
+    if budget.kind != "drop_points" or budget.limit * num_clips >= 100 or budget.limit <= 0:
+        return None
+    needed = math.ceil(100 / budget.limit)
+    advice = (
+        f"{needed} (--num-clips) let the search go on"
+        if needed <= NUM_SEARCH_CLIPS
+        else f"up to {NUM_SEARCH_CLIPS} (--num-clips) are looked at"
+    )
+    return (
+        f"{budget.limit:g} points are less than one of {num_clips} calibration clips, so tokens are "
+        f"reduced only as far as none of them changes its class; {advice}"
+    )
+
+
 def _searched(model: VideoModel, budget: Budget, context: PlanContext) -> DecidedTokens:
     with context.stage("tokens", None):
         trials = trials_on(model, context.calibration, context.seed)
+        coarse = too_few_clips(budget, trials.num_clips)
+        if coarse is not None:
+            context.warn(coarse)
         search = TokenSearch(trials)
         by_share = budget.kind == "flop_share"
         found = search.at_share(budget.limit) if by_share else search.within(budget)

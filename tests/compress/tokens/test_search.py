@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from vcompress.compress.tokens.decide import too_few_clips
 from vcompress.compress.tokens.flops import ScheduleCost, counts_of
 from vcompress.compress.tokens.plan import constant_schedule, plan_constant, section_of
 from vcompress.compress.tokens.search import TokenSearch, holds
@@ -145,3 +146,16 @@ def test_a_bar_of_no_change_is_held(penvideo: tuple[VideoModel, list[torch.Tenso
     assert found is not None
     assert found.measured.changed_points == 0.0
     assert found.flop_share < 0.9
+
+
+def test_a_bar_of_less_than_one_clip_is_told() -> None:
+    half = Budget("drop_points", 0.5)
+    told = too_few_clips(half, 64)
+    assert told is not None
+    assert "200 (--num-clips) let the search go on" in told
+    # One of 200 clips is half a point: this bar lets it change.
+    assert too_few_clips(half, 200) is None
+    fine = too_few_clips(Budget("drop_points", 0.1), 64)
+    assert fine is not None
+    assert "up to 256" in fine
+    assert too_few_clips(Budget("sqnr_db", 30.0), 1) is None
