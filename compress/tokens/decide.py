@@ -123,8 +123,8 @@ def too_few_clips(budget: Budget, num_clips: int) -> str | None:
         else f"up to {NUM_SEARCH_CLIPS} (--num-clips) are looked at"
     )
     return (
-        f"{budget.limit:g} points are less than one of {num_clips} calibration clips, so tokens are "
-        f"reduced only as far as none of them changes its class; {advice}"
+        f"{budget.limit:g} points are less than one of {num_clips} calibration clips, so tokens "
+        f"are reduced only as far as none of them changes its class; {advice}"
     )
 
 
