@@ -8,6 +8,7 @@ with one), as `module:callable`, or as `reference:NAME` for the models that ship
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -177,15 +178,19 @@ def _refuse_clip_options(options: LoadOptions, what: str) -> None:
 
 
 def _call(reference: str) -> nn.Module:
-    """Import `module:callable` and call it without arguments."""
+    """Import `module:callable` and call it without arguments; files of this folder come last."""
     module_name, _, attribute = reference.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        # At the end: a file that happens to be called like a library does not take its place.
+        sys.path.append(here)
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:
         # Importing runs the user's file, which may fail in any way.
         message = (
             f"{reference}: {type(error).__name__}: {error}; it must be module:callable, importable "
-            "from here (set PYTHONPATH if it is a file of yours)"
+            "or a file of this folder (set PYTHONPATH if it is one of another)"
         )
         raise InputError(message) from error
     try:

@@ -156,6 +156,9 @@ def _runtime_version() -> str:
 
 
 def _read_baseline(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        message = f"{path}: no such file; record a baseline with vcompress bench --output"
+        raise InputError(message)
     if not path.is_file():
         message = f"{path} is neither the JSON of a run of vcompress bench nor an artifact"
         raise InputError(message)

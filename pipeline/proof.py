@@ -236,7 +236,10 @@ def why_simulated(session: Session | None, plan: CompressionPlan) -> str | None:
         and formats
         and not any(name in INTEGER_KERNELS for name in session.kernels())
     ):
-        return "simulated: ONNX Runtime fused no integer kernel on this CPU"
+        return (
+            "simulated: ONNX Runtime fused no integer kernel on this CPU; OpenVINO has more of "
+            "them (vcompress export --runtime openvino)"
+        )
     return None
 
 

@@ -140,6 +140,23 @@ def arch(monkeypatch: pytest.MonkeyPatch) -> str:
 SPEC = "NCTHW:float32:1x3x4x8x8"
 
 
+def test_a_callable_may_be_a_file_of_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "from torch import nn\ndef load(): return nn.Sequential(nn.Flatten(), nn.Linear(48, 3))\n"
+    )
+    (tmp_path / "network_of_this_folder.py").write_text(code)
+    (tmp_path / "json.py").write_text("raise RuntimeError('in place of the library')")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    options = LoadOptions(input_spec="NCTHW:float32:1x3x1x4x4")
+    assert list(load_model("network_of_this_folder:load", options).layers) == ["1"]
+    assert sys.path[-1] == str(tmp_path)
+    with pytest.raises(InputError, match="a file of this folder"):
+        load_model("no_such_network:load", options)
+
+
 def test_a_research_model_is_understood_by_running_it(tmp_path: Path, arch: str) -> None:
     torch.manual_seed(1)
     torch.save(Research().state_dict(), tmp_path / "r.pt")
