@@ -7,6 +7,7 @@ to tell, 5 this machine cannot do it, 6 export or build failed, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ import click
 
 import vcompress
 from vcompress.commands import cache, export, look, make, measure, run, search
-from vcompress.spec.errors import VcompressError
+from vcompress.spec.errors import MissingCapabilityError, VcompressError
 
 __all__ = ["main"]
 
@@ -66,6 +67,26 @@ def main() -> None:
     sys.exit(code)
 
 
+def _lacking(error: Exception) -> str | None:
+    """What the machine ran out of, if that is what ended the command."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        import tempfile
+
+        where = error.filename or f"the output, or temporary files in {tempfile.gettempdir()}"
+        return (
+            f"no space left on the disk for {where}; free some, choose another --output, or set "
+            "TMPDIR to a folder of a larger disk; nothing half-written was kept"
+        )
+    # torch has a class of its own for this on a GPU alone.
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, MemoryError) or of_torch:
+        return (
+            f"not enough memory: {str(error) or 'an allocation failed'}; fewer clips (--num-clips, "
+            "--num-test-clips) or smaller ones need less"
+        )
+    return None
+
+
 def _run() -> tuple[int, str | None]:
     try:
         cli.main(standalone_mode=False)
@@ -83,6 +104,9 @@ def _run() -> tuple[int, str | None]:
     except Exception as error:
         if os.environ.get("VCOMPRESS_DEBUG"):
             raise
+        lacking = _lacking(error)
+        if lacking is not None:
+            return MissingCapabilityError.exit_code, lacking
         return 1, (
             f"a bug in vcompress: {type(error).__name__}: {error}; please report it with the "
             "output of the same command under VCOMPRESS_DEBUG=1"

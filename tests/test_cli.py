@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -374,3 +375,34 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
     monkeypatch.setattr("vcompress.terminal.inspection.print_inspection", interrupt)
     assert run(monkeypatch, "inspect", tmp_path)[0] == 130
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "temporary files in"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "out/model.onnx"), "out/model.onnx"),
+        (MemoryError(), "an allocation failed"),
+    ],
+)
+def test_what_the_machine_runs_out_of_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, expected: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("vcompress.terminal.inspection.print_inspection", fail)
+    code, message = run(monkeypatch, "inspect", tmp_path)
+    assert code == 5
+    assert expected in message
+
+
+def test_too_large_a_tensor_is_no_bug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(
+        "vcompress.terminal.inspection.print_inspection",
+        lambda *_, **__: torch.empty(10**15),
+    )
+    code, message = run(monkeypatch, "inspect", tmp_path)
+    assert code == 5
+    assert "not enough memory" in message
+    assert "--num-clips" in message
