@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def run(
     stride: int | None, batch: int, top: int, arrays: Path | None, check: bool,
     threads: int | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Answers of ARTIFACT on VIDEOS. Needs no torch: NumPy, PyAV and a runtime.
+    """Answers of ARTIFACT on VIDEOS, files or folders. Needs no torch: NumPy, PyAV and a runtime.
 
     One line an answer, with --json one object a line.
     """
@@ -120,6 +121,7 @@ def run(
     deployed = open_deployed(artifact, runtime=runtime, provider=provider, threads=threads)
     printer = AnswerPrinter(deployed, as_json=as_json, quiet=quiet, num_top=top)
     printer.start(deployed.check() if check else None)
+    videos = _files_of(videos, printer.skip)
     if stride is None:
         answers = deployed.answers(videos, batch=batch, skipped=printer.skip)
     else:
@@ -133,3 +135,22 @@ def run(
             f"{', '.join(printer.skipped)}; see the warnings"
         )
         raise InputError(message)
+
+
+def _files_of(
+    videos: tuple[Path, ...], skip: Callable[[str, InputError], None]
+) -> tuple[Path, ...]:
+    """`videos` with folders taken apart; `skip` is told what is no readable video in them."""
+    from vcompress.calib.folder import find_videos
+
+    files: list[Path] = []
+    for path in videos:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = find_videos(path)
+        files += [path / video for video in found.videos]
+        for name, reason in found.skipped:
+            message = f"{path / name}: {reason}"
+            skip(str(path / name), InputError(message))
+    return tuple(files)

@@ -66,6 +66,9 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
 
 
 def _torch_load(path: Path, *, trust_pickle: bool) -> Any:
+    if path.stat().st_size == 0:
+        message = f"{path} is empty: it was not written to its end"
+        raise InputError(message)
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
@@ -80,12 +83,16 @@ def _torch_load(path: Path, *, trust_pickle: bool) -> Any:
             )
         raise InputError(message) from error
     except Exception as error:
-        message = f"{path} cannot be read as a PyTorch file: {_first_line(error)}"
+        message = (
+            f"{path} is not a PyTorch file, or it is damaged ({_first_line(error)}); save one with "
+            "torch.save"
+        )
         raise InputError(message) from error
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    text = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _tensors_only(data: Mapping[Any, Any], path: Path) -> dict[str, torch.Tensor]:

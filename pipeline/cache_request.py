@@ -85,6 +85,12 @@ def with_calls(
     pipeline = pipeline_of(source)
     own = pipeline is not None and pipeline == options.calib
     searches = options.cache == AUTO or options.dynamic_precision
+    if options.prompts is not None and not (own or searches):
+        message = (
+            "--prompts are what --cache auto and --dynamic-precision generate clips of: add one of "
+            "them"
+        )
+        raise InputError(message)
     if pipeline is None or not (own or (searches and options.calib is None)):
         return options
     sampler = open_sampler(pipeline)

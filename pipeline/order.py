@@ -91,6 +91,7 @@ def write_plan(
     _require_calib(options)
     check_plan_output(path, force=options.force)
     model, clips = open_model_and_clips(source, options, load, recorded)
+    _check_bars(model, options)
     request = cache_request(source, model, options, recorded)
     dynamic = dynamic_request(source, model, options, recorded)
     plan, tensors = make_plan(
@@ -182,16 +183,27 @@ def _prepare(
     if options.output is not None:
         check_output(options.output, force=options.force)
     model = _load(source, load, options, progress)
+    _check_bars(model, options)
+    check_dynamic(model, options.dynamic)
+    output = options.output or Path(f"{model.name}-{options.target}")
+    check_output(output, force=options.force)
+    return model, output
+
+
+def _check_bars(model: VideoModel, options: Options) -> None:
+    """Raise `InputError` if a bar is for another task than that of `model`."""
     if options.max_drop is not None and model.task != "classify":
         message = (
             f"--max-drop is a bar for top-1, but the task of {model.name} is {model.task}; use "
             "--min-sqnr, or --task classify if its output are class scores"
         )
         raise InputError(message)
-    check_dynamic(model, options.dynamic)
-    output = options.output or Path(f"{model.name}-{options.target}")
-    check_output(output, force=options.force)
-    return model, output
+    if options.min_psnr is not None and model.task != "denoise":
+        message = (
+            f"--min-psnr is a bar for clips that a denoiser generates, but the task of "
+            f"{model.name} is {model.task}; use --max-drop or --min-sqnr"
+        )
+        raise InputError(message)
 
 
 def _load(

@@ -138,6 +138,13 @@ class Options:
         if self.latency_table is not None and self.max_latency is None:
             message = "--latency-table says what formats cost in time: add --max-latency"
             raise InputError(message)
+        generates = self.cache is not None or self.dynamic_precision
+        if self.min_psnr is not None and not (generates or find_target(self.target).searches):
+            message = (
+                "--min-psnr is a bar for generated clips, which --cache and --dynamic-precision "
+                "make: add one of them, or take --min-sqnr as the bar for single calls"
+            )
+            raise InputError(message)
 
     def token_request(self, task: str) -> TokenRequest | None:
         """What `tokens` asks for, for a model of `task`: a share, a search, or a plan's section.

@@ -75,10 +75,8 @@ class ClipSpec:
                 raise InputError(message)
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, self.channels):
-                message = (
-                    f"clip.{name} must have 1 or {self.channels} values, "
-                    f"got {len(getattr(self, name))}"
-                )
+                allowed = "1 value" if self.channels == 1 else f"1 or {self.channels} values"
+                message = f"clip.{name} must have {allowed}, got {len(getattr(self, name))}"
                 raise InputError(message)
         if not all(0 < value < math.inf for value in self.std):
             message = f"clip.std must be positive, got {self.std}"

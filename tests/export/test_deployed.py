@@ -212,6 +212,21 @@ def test_the_command_runs_without_torch(artifact: Path, videos: list[Path]) -> N
         assert saved["videos"].tolist() == [str(video) for video in videos]
 
 
+def test_a_folder_is_all_of_its_videos(artifact: Path, videos: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no video")
+    done = without_torch("run", str(artifact), str(tmp_path), str(videos[0]), "--json")
+    assert done.returncode == 0, done.stderr
+    _, *answers = map(json.loads, done.stdout.splitlines())
+    # In the order of the names: blue, green, red; then the one that is named.
+    expected = [LABELS[2], LABELS[1], LABELS[0], LABELS[0]]
+    assert [answer["top"][0]["label"] for answer in answers] == expected
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = without_torch("run", str(artifact), str(empty))
+    assert done.returncode == 2
+    assert "must hold at least one video" in done.stderr
+
+
 def test_a_video_that_was_left_out_is_no_success(artifact: Path, videos: list[Path]) -> None:
     videos[0].write_bytes(b"no video")
     done = without_torch("run", str(artifact), *map(str, videos))

@@ -209,3 +209,19 @@ def test_a_plan_of_a_search_is_stable(model: VideoModel, calibration: Clips) -> 
     first, second = (make_plan(model, calibration, options)[0] for _ in range(2))
     assert isinstance(first, CompressionPlan)
     assert first.to_json() == second.to_json()
+
+
+def test_a_bar_that_nothing_is_measured_by_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="bar for generated clips"):
+        vcompress.Options(target="int8", calib=SOURCE, min_psnr=30.0)
+    # A search of formats takes it for single calls of a denoiser; here there is none.
+    options = vcompress.Options(
+        target="mixed", calib=SOURCE, min_psnr=30.0, output=tmp_path / "out"
+    )
+    with pytest.raises(InputError, match="task of penvideo20 is classify"):
+        vcompress.quantize(SOURCE, options=options)
+    options = vcompress.Options(
+        target="int8", calib=SOURCE, prompts=tmp_path / "p.txt", output=tmp_path / "out"
+    )
+    with pytest.raises(InputError, match="--prompts are what"):
+        vcompress.quantize("reference:moving-fashion", options=options)
