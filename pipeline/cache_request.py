@@ -181,6 +181,7 @@ class JointSearch:
         return best.section, {
             "bar": {bar.metric: bar.least}, "calibration": best.as_dict(),
             "held_out": judged.trial.as_dict(), "precision_alone": alone,
+            "speed_up": list(judged.speed),
         }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import shlex
+import statistics
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,7 +27,7 @@ from vcompress.spec.plan import CompressionPlan
 from vcompress.spec.token_section import TokenSection
 from vcompress.validate import latency, report
 from vcompress.validate.gate import Verdict
-from vcompress.validate.report_types import Engine, Layer, Report, Search, Tokens
+from vcompress.validate.report_types import Engine, Generation, Layer, Report, Search, Tokens
 
 __all__ = ["Run", "file_role", "manifest_of", "report_of"]
 
@@ -137,6 +138,29 @@ def _search(plan: CompressionPlan) -> Search | None:
     }  # fmt: skip
 
 
+def _generation(plan: CompressionPlan, min_psnr_db: float | None) -> Generation | None:
+    """What the plan does from step to step; None where every step is the same."""
+    cache, dynamic = (plan.evidence.get(name, {}) for name in ("cache", "dynamic_precision"))
+    if not (cache or dynamic or plan.cache or plan.dynamic_precision):
+        return None
+    held_out: dict[str, Any] = cache.get("held_out", {})
+    changed: dict[str, Any] = dynamic.get("held_out", {})
+    speed = cache.get("speed_up")
+    skipped, four_bits = held_out.get("skip_rate"), changed.get("share")
+    return {
+        "num_steps": None if plan.cache is None else plan.cache.num_steps,
+        "cache_policy": None if plan.cache is None else plan.cache.policy,
+        "cache_reason": cache.get("reason"),
+        "skip_percent": None if skipped is None else 100 * skipped,
+        "speed_ratio": statistics.median(speed) if speed else None,
+        "four_bit_percent": None if four_bits is None else 100 * four_bits,
+        "precision_reason": dynamic.get("reason"),
+        "psnr_db": held_out.get("psnr_db", changed.get("psnr_db")),
+        "precision_alone_psnr_db": cache.get("precision_alone", {}).get("psnr_db"),
+        "min_psnr_db": min_psnr_db,
+    }
+
+
 def report_of(run: Run, folder: Path) -> Report:
     """The report of `run`, whose files lie in `folder`."""
     model, planned, plan, clips = run.model, run.planned, run.plan, run.clips
@@ -174,6 +198,7 @@ def report_of(run: Run, folder: Path) -> Report:
         layers=_layer_rows(model, planned, plan),
         tokens=None if plan.tokens is None else _token_rows(model, plan.tokens),
         search=_search(plan),
+        generation=_generation(plan, run.options.min_psnr),
         engines=run.engines,
         clips={
             "test": {

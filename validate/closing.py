@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from statistics import mean
 from typing import Any
 
-from vcompress.validate.report_types import Report, Stage
+from vcompress.validate.report_types import Generation, Report, Stage
 from vcompress.validate.wording import (
     UNKNOWN,
     change_percent,
@@ -64,7 +65,9 @@ def closing_table(report: Report) -> list[Row]:
         first, last = tokens["num_patches_baseline"], tokens["num_patches_result"]
         rows.append(("tokens", str(first), str(last), change_percent(first, last)))
         rows.append(("operations", "100 %", f"{100 * tokens['flop_share']:.1f} %", "by formula"))
-    return [*rows, *_latency_rows(report), *_quality_rows(report)]
+    return [
+        *rows, *_latency_rows(report), *_quality_rows(report), *_generation_rows(report)
+    ]  # fmt: skip
 
 
 def _latency_rows(report: Report) -> list[Row]:
@@ -124,6 +127,28 @@ def _quality_rows(report: Report) -> list[Row]:
     return rows
 
 
+def _generation_rows(report: Report) -> list[Row]:
+    found = report.get("generation")
+    if found is None:
+        return []
+    rows: list[Row] = []
+    if found["skip_percent"] is not None:
+        speed = "" if found["speed_ratio"] is None else f"{times(found['speed_ratio'])} in torch"
+        skipped = fixed(100 - found["skip_percent"], 1, "%")
+        rows.append(("blocks computed over the steps", "100 %", skipped, speed))
+    if found["psnr_db"] is not None:
+        number = len(found["psnr_db"])
+        clips = f"{number} clip{'' if number == 1 else 's'}"
+        alone = found["precision_alone_psnr_db"]
+        remark = f"lowest {min(found['psnr_db']):.2f}"
+        if alone is not None and found["cache_policy"] is not None:
+            remark += f"; {mean(alone):.2f} without the cache"
+        rows.append(
+            (f"PSNR of generated clips (dB, {clips})", "", fixed(mean(found["psnr_db"]), 2), remark)
+        )
+    return rows
+
+
 def _number(metrics: dict[str, Any], key: str, digits: int) -> str:
     return fixed(metrics[key], digits) if metrics.get(key) is not None else ""
 
@@ -150,6 +175,9 @@ def closing_notes(report: Report) -> list[tuple[str, str]]:
         places = f"{len(used)} place{'' if len(used) == 1 else 's'}"
         text = f"{', '.join(dict.fromkeys(used)) or 'none'}, at {places}"
         notes.append(("tokens", f"{text}; {tokens['attention'].replace('_', ' ')} attention"))
+    generation = report.get("generation")
+    if generation is not None:
+        notes += _generation_notes(generation)
     for engine in report["engines"]:
         name = engine["runtime"] + (f" SM{engine['sm']}" if engine["sm"] else "")
         text = (
@@ -167,6 +195,21 @@ def closing_notes(report: Report) -> list[tuple[str, str]]:
                                f"({skipped[0]['reason']})"))  # fmt: skip
     notes += [("warning", text) for text in report["warnings"]]
     return [*notes, ("verdict", f"{report['verdict']['outcome']}. {report['verdict']['reason']}")]
+
+
+def _generation_notes(found: Generation) -> list[tuple[str, str]]:
+    notes = []
+    if found["cache_policy"] is not None:
+        steps = "" if found["num_steps"] is None else f" over {found['num_steps']} steps"
+        notes.append(("cache", f"{found['cache_policy']}{steps}"))
+    elif found["cache_reason"] is not None:
+        notes.append(("cache", f"none: {found['cache_reason']}"))
+    if found["four_bit_percent"] is not None:
+        share = fixed(found["four_bit_percent"], 0, "%")
+        notes.append(("inputs", f"four bits for {share} of the work, eight for the rest"))
+    elif found["precision_reason"] is not None:
+        notes.append(("inputs", f"the same in every step: {found['precision_reason']}"))
+    return notes
 
 
 def ties_note(agreement: dict[str, Any]) -> str:

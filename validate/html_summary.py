@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import mean
 from typing import Any
 
 from vcompress.validate.closing import find_stage, latency_baseline
@@ -32,8 +33,9 @@ def minus(text: str) -> str:
 
 
 def tiles_view(report: Report) -> list[dict[str, Any]]:
-    """Quality, size, latency and bits of the result."""
-    return [_quality_tile(report), _size_tile(report), _latency_tile(report), _bits_tile(report)]
+    """Quality, size, latency and bits of the result; of a denoiser with a cache that, too."""
+    tiles = [_quality_tile(report), _size_tile(report), _latency_tile(report), _bits_tile(report)]
+    return [*tiles, *_generation_tiles(report)]
 
 
 def verdict_view(report: Report) -> dict[str, Any]:
@@ -120,6 +122,26 @@ def _quality_tile(report: Report) -> dict[str, Any]:
         return _tile("Outputs", "identical", "", "", "", clips)
     note = f"of the outputs against the baseline, {clips}"
     return _tile("SQNR", fixed(metrics["sqnr_db"], 1), "dB", "", "", note)
+
+
+def _generation_tiles(report: Report) -> list[dict[str, Any]]:
+    found = report.get("generation")
+    if found is None:
+        return []
+    tiles = []
+    if found["psnr_db"]:
+        number = len(found["psnr_db"])
+        clips = f"{number} held-out clip{'' if number == 1 else 's'}"
+        note = f"mean of {clips}, lowest {min(found['psnr_db']):.2f}"
+        tiles.append(_tile("Generated clips", fixed(mean(found["psnr_db"]), 1), "dB", "", "", note))
+    if found["skip_percent"] is not None:
+        note = f"{fixed(found['skip_percent'], 0, '%')} of block calls reused"
+        speed = UNKNOWN
+        if found["speed_ratio"] is not None:
+            speed = f"{found['speed_ratio']:.2f}\u00d7"
+            note += "; a generation in torch, without and with the cache"
+        tiles.append(_tile("Speed of the cache", speed, "", "", "", note))
+    return tiles
 
 
 def _size_tile(report: Report) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from vcompress.validate.closing import find_stage, ties_note
+from vcompress.validate.html_generation import generation_view
 from vcompress.validate.html_layers import layer_view
 from vcompress.validate.html_search import search_view
 from vcompress.validate.html_summary import minus, speed_text, ticks, tiles_view, verdict_view
@@ -45,6 +46,7 @@ def make_view(report: Report) -> dict[str, Any]:
         "search": search_view(report),
         "files": _files(report),
         "tokens": _tokens(report),
+        "generation": generation_view(report),
         "engines": [_engine(engine) for engine in report["engines"]],
         "unmeasured": _unmeasured(report),
         "warnings": report["warnings"],

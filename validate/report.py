@@ -21,6 +21,7 @@ from vcompress.validate.parity import ParityResult
 from vcompress.validate.report_types import (
     Clips,
     Engine,
+    Generation,
     Layer,
     Memory,
     Mode,
@@ -105,6 +106,7 @@ def build_report(
     versions: Mapping[str, str],
     tokens: Tokens | None = None,
     search: Search | None = None,
+    generation: Generation | None = None,
     engines: Sequence[Engine] = (),
     warnings: Sequence[str] = (),
 ) -> Report:
@@ -128,6 +130,7 @@ def build_report(
         versions: of the libraries that took part.
         tokens: token merging, if any.
         search: for formats under a budget, if there was one.
+        generation: of a denoiser that does not do the same in every step.
         engines: the builds that were tried, or why they were not.
         warnings: what the user should know.
 
@@ -147,6 +150,8 @@ def build_report(
     }  # fmt: skip
     if search is not None:
         report["search"] = search
+    if generation is not None:
+        report["generation"] = generation
     plain = cast("Report", _plain(report))
     _check_stages(plain, "report")
     return plain

@@ -10,8 +10,8 @@ unit in its key: `_mib`, `_kib`, `_bytes`, `_ms`, `_seconds`, `_db`, `_percent`,
 from typing import Any, NotRequired, TypedDict
 
 __all__ = [
-    "ClipSet", "Clips", "Engine", "FileSize", "Layer", "Memory", "Mode", "Model", "Precision",
-    "Report", "Sizes", "SkippedClip", "Stage", "Tokens",
+    "ClipSet", "Clips", "Engine", "FileSize", "Generation", "Layer", "Memory", "Mode", "Model",
+    "Precision", "Report", "Sizes", "SkippedClip", "Stage", "Tokens",
 ]  # fmt: skip
 
 
@@ -144,6 +144,29 @@ class Tokens(TypedDict):
     blocks: list[TokenBlock]
 
 
+class Generation(TypedDict):
+    """What a denoiser does differently from step to step, and the clips that it generates then.
+
+    `psnr_db` is of held-out clips against the full model from the same noise, with all that the
+    plan does; `precision_alone_psnr_db` of the same without the cache. `skip_percent` is the share
+    of block calls that the cache answers, `speed_ratio` the wall clock without it over that with
+    it, in torch. `four_bit_percent` is the share of the work that changes its precision and has
+    inputs of four bits. A reason says why there is no cache, or no change of precision, although
+    it was asked for.
+    """
+
+    num_steps: int | None
+    cache_policy: str | None
+    cache_reason: str | None
+    skip_percent: float | None
+    speed_ratio: float | None
+    four_bit_percent: float | None
+    precision_reason: str | None
+    psnr_db: list[float] | None
+    precision_alone_psnr_db: list[float] | None
+    min_psnr_db: float | None
+
+
 class Engine(TypedDict):
     """An engine build: status "built", "failed" or "not built"; a reason unless built."""
 
@@ -201,6 +224,7 @@ class Report(TypedDict):
     layers: list[Layer]
     tokens: Tokens | None
     search: NotRequired[Search | None]
+    generation: NotRequired[Generation | None]
     engines: list[Engine]
     clips: Clips
     device: dict[str, Any]

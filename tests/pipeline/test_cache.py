@@ -13,6 +13,7 @@ from vcompress.benchmarks.denoiser_zoo import build
 from vcompress.compress.cache import CacheSection, Trajectory, apply_cache
 from vcompress.compress.cache.ladder import evenly_spread, ladders
 from vcompress.models.load import load_model
+from vcompress.pipeline import record
 from vcompress.pipeline.cache import cached, find_cache
 from vcompress.pipeline.cache_request import JointSearch, cache_request
 from vcompress.pipeline.cache_sampler import Case, Sampler, make_cases, read_prompts
@@ -90,6 +91,13 @@ def test_a_cache_is_planned_with_the_quantized_layers(
     measured = plan.evidence["cache"]
     assert min(measured["calibration"]["psnr_db"]) >= 20
     assert measured["held_out"]["skip_rate"] > 0
+    told = record._generation(plan, 20.0)
+    assert told is not None
+    assert told["skip_percent"] == pytest.approx(100 * measured["held_out"]["skip_rate"])
+    assert told["psnr_db"] == measured["held_out"]["psnr_db"]
+    assert told["speed_ratio"] is not None
+    assert told["speed_ratio"] > 0
+    assert told["cache_policy"] == plan.cache.policy
     assert CompressionPlan.load(tmp_path / "plan.json").cache == plan.cache
 
 
