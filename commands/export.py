@@ -17,7 +17,8 @@ __all__ = ["export"]
 @click.option(
     "--runtime",
     metavar="NAME",
-    help="Add what onnxruntime, openvino, tensorrt-rtx or tensorrt takes, and prove it.",
+    help="Add what onnxruntime, onnxruntime-cuda, openvino, tensorrt-rtx or tensorrt takes, and "
+    "prove it.",
 )
 @click.option(
     "--sm",

@@ -40,9 +40,9 @@ Examples:
 def quantize(model: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Plan, apply, export, build and prove: the whole job for MODEL.
 
-    MODEL is a .pt or .safetensors file, a directory saved by transformers or diffusers,
-    MODULE:CALLABLE, reference:penvideo20 or reference:moving-fashion. For a denoiser, --calib is a
-    file of calls made with vcompress.record_calls.
+    MODEL is a .pt, .safetensors, .onnx or .pt2 file, a directory saved by transformers or
+    diffusers, MODULE:CALLABLE, or reference:NAME (penvideo20, moving-fashion, bouncing-garments).
+    For a denoiser, --calib is a file of calls made with vcompress.record_calls.
     """
     from vcompress import pipeline
     from vcompress.terminal.console import Console

@@ -9,6 +9,7 @@ import click
 
 from vcompress.commands.options import common, load_options, model_options
 from vcompress.spec.errors import InconclusiveError, QualityGateError
+from vcompress.spec.files import check_file, replace_file
 
 __all__ = ["bench", "bisect", "compare", "profile"]
 
@@ -51,6 +52,9 @@ def bench(
     from vcompress.terminal.console import Console
 
     console = Console(as_json=as_json, quiet=quiet)
+    for flag, path in (("--output", output), ("--junit", junit), ("--history", history)):
+        if path is not None:
+            check_file(path, flag)
     if str(artifact) == _SELFTEST:
         from vcompress.pipeline.bench_selftest import selftest
 
@@ -69,11 +73,11 @@ def bench(
     data = run.as_dict()
     _write(output, data)
     if junit is not None:
-        junit.write_text(bench_files.junit(data), encoding="utf-8")
+        replace_file(junit, bench_files.junit(data))
     if history is not None:
         bench_files.append_history(data, history)
         picture = bench_files.draw_history(bench_files.read_history(history))
-        history.with_suffix(".svg").write_text(picture, encoding="utf-8")
+        replace_file(history.with_suffix(".svg"), picture)
     print_bench(run, as_json=as_json)
     if run.verdict is not None:
         _end(run.verdict.outcome, run.verdict.reason)
@@ -114,6 +118,7 @@ def profile(
     """
     from dataclasses import replace
 
+    from vcompress.models.load import LoadOptions
     from vcompress.pipeline.profile import profile_model
     from vcompress.pipeline.profile_artifact import profile_artifact
     from vcompress.spec.artifact import MANIFEST
@@ -121,7 +126,13 @@ def profile(
     from vcompress.terminal.profile import print_profile, print_profile_pair
 
     load = load_options(values)
+    if output is not None:
+        check_file(output)
     if (Path(model) / MANIFEST).is_file():
+        if calib is not None or load != LoadOptions():
+            message = "an artifact knows its model and its inputs: give it no option but these: "
+            message += "--batch-size, --output, --json, --quiet"
+            raise click.UsageError(message)
         console = Console(as_json=as_json, quiet=quiet)
         pair = profile_artifact(Path(model), batch_size=batch_size, progress=console)
         _write(output, pair.as_dict())
@@ -175,7 +186,7 @@ def _write(path: Path | None, data: object) -> None:
     from vcompress.spec import strict_json
 
     if path is not None:
-        path.write_text(strict_json.dump(data), encoding="utf-8")
+        replace_file(path, strict_json.dump(data))
 
 
 def _end(outcome: str, reason: str) -> None:

@@ -116,8 +116,11 @@ def run(
     One line an answer, with --json one object a line.
     """
     from vcompress.export.deployed import open_deployed
+    from vcompress.spec.files import check_file
     from vcompress.terminal.deployed import AnswerPrinter, save_arrays
 
+    if arrays is not None:
+        check_file(arrays, "--arrays")
     deployed = open_deployed(artifact, runtime=runtime, provider=provider, threads=threads)
     printer = AnswerPrinter(deployed, as_json=as_json, quiet=quiet, num_top=top)
     printer.start(deployed.check() if check else None)

@@ -24,6 +24,7 @@ from vcompress.models.video import VideoModel
 from vcompress.spec import strict_json
 from vcompress.spec.attention_section import PRODUCT_FORMATS
 from vcompress.spec.errors import InputError
+from vcompress.spec.files import replace_file
 from vcompress.spec.formats import FLOAT, FORMATS
 from vcompress.spec.strict_json import check_keys, nearest, significant
 
@@ -106,7 +107,7 @@ class LatencyTable:
 
     def save(self, path: Path) -> None:
         """Write the file `path`."""
-        path.write_text(strict_json.dump(self.as_dict()), encoding="utf-8")
+        replace_file(path, strict_json.dump(self.as_dict()))
 
     @classmethod
     def load(cls, path: Path) -> LatencyTable:

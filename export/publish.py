@@ -29,8 +29,9 @@ from vcompress.export.locking import held_lock
 from vcompress.spec import strict_json
 from vcompress.spec.artifact import MANIFEST, Artifact, sha256_of
 from vcompress.spec.errors import InputError
+from vcompress.spec.files import sync_directory, sync_file
 
-__all__ = ["check_output", "replace_file", "staged_directory", "write_manifest"]
+__all__ = ["check_output", "staged_directory", "write_manifest"]
 
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
@@ -103,7 +104,7 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
                 Artifact.open(temporary)
                 _sync_tree(temporary)
                 _publish(temporary, target)
-                _sync_directory(target.parent)
+                sync_directory(target.parent)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
@@ -146,18 +147,6 @@ def write_manifest(
         files.append({**entry, **({"about": dict(about[name])} if about and name in about else {})})
     text = strict_json.dump({**manifest, "files": files})
     (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a single file so that `path` is the old file or the new one, never a part of it."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        temporary.write_bytes(data)
-        _sync_file(temporary)
-        temporary.replace(path)
-        _sync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_target(target: Path, *, force: bool) -> None:
@@ -252,25 +241,10 @@ def _sync_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             path.chmod((path.stat().st_mode | mode) & 0o777)
-            _sync_file(path)
+            sync_file(path)
         else:
-            _sync_directory(path)
-    _sync_directory(folder)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as stream:
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    if sys.platform == "win32":  # directories cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_directory(path)
+    sync_directory(folder)
 
 
 def _size(folder: Path) -> int:

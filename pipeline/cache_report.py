@@ -21,6 +21,7 @@ import vcompress
 from vcompress.compress.cache import CacheReport
 from vcompress.pipeline.cache_search import Trial
 from vcompress.spec.errors import MissingCapabilityError
+from vcompress.spec.files import replace_file
 from vcompress.validate.frames import Frames, flicker_percent, motion_error_px
 from vcompress.validate.html import render_page
 from vcompress.validate.latency import describe_device
@@ -55,7 +56,7 @@ def write_report(found: CacheFound, path: Path, *, code: str | None = None) -> N
     view = _view(found)
     if code is not None:
         view["code"] = code
-    path.write_text(render_page("cache.html.j2", view), encoding="utf-8")
+    replace_file(path, render_page("cache.html.j2", view))
 
 
 def _view(found: CacheFound) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from vcompress.validate.html import render_page
 
 if TYPE_CHECKING:
     from vcompress.pipeline.dynamic_request import DynamicFound
+from vcompress.spec.files import replace_file
 
 __all__ = ["write_precision_report"]
 
@@ -84,7 +85,7 @@ def write_precision_report(found: DynamicFound, path: Path, *, artifact: str) ->
         "print(pipe.transformer.vcompress_dynamic.report())   # after a run",
         "facts": _facts(found),
     }  # fmt: skip
-    path.write_text(render_page("cache.html.j2", view), encoding="utf-8")
+    replace_file(path, render_page("cache.html.j2", view))
 
 
 def _tiles(found: DynamicFound, similarity: list[float]) -> list[dict[str, str]]:

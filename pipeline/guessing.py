@@ -10,7 +10,6 @@ import numpy as np
 from vcompress.calib.calls import Samples
 from vcompress.calib.clips import Clips
 from vcompress.models.video import VideoModel
-from vcompress.pipeline.equivalence import run_torch
 from vcompress.pipeline.run import Progress
 from vcompress.validate.guessing import why_guessing
 
@@ -30,7 +29,7 @@ def warn_of_guessing(model: VideoModel, clips: Samples, progress: Progress) -> N
     with progress.stage("labels", len(some)) as advance:
         outputs = []
         for batch in some.tensors(_BATCH_SIZE):
-            outputs.append(run_torch(model, batch))
+            outputs.append(model(batch).float().numpy())
             advance(len(batch))
     scores = np.concatenate(outputs)
     if scores.ndim != 2 or max(some.labels) >= scores.shape[1]:

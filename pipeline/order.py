@@ -27,6 +27,7 @@ from vcompress.pipeline.planning import (
 from vcompress.pipeline.run import Options, Outcome, Progress, Recorded, Silent
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError, MissingCapabilityError
+from vcompress.spec.files import check_file
 from vcompress.spec.plan import CompressionPlan
 from vcompress.spec.target import find_target
 
@@ -102,9 +103,7 @@ def write_plan(
 
 def check_plan_output(path: Path, *, force: bool) -> None:
     """Raise `InputError` unless a plan can be written to `path`."""
-    if not path.parent.is_dir() or path.is_dir():
-        message = f"{path}: no such folder to write a plan to; choose another output"
-        raise InputError(message)
+    check_file(path)
     if path.exists() and not force:
         message = f"{path} is there and may have been edited; add --force to replace it"
         raise InputError(message)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import vcompress
 from vcompress.calib.calls import Samples
@@ -23,6 +23,7 @@ from vcompress.pipeline.run import Options, Progress, Silent
 from vcompress.spec.artifact import sha256_of
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
+from vcompress.spec.files import replace_file
 from vcompress.spec.plan import CompressionPlan, check_plan
 from vcompress.spec.target import find_target
 
@@ -139,11 +140,9 @@ def save_plan(plan: CompressionPlan, tensors: ModelTensors, path: Path) -> Compr
     """Write `plan` to `path`, and calibrated tensors beside it; returns the plan as written."""
     if tensors:
         file = path.with_suffix(".safetensors")
-        save_file(flatten(tensors), file)
+        replace_file(file, save(flatten(tensors)))
         plan = replace(plan, tensors={"file": file.name, "sha256": sha256_of(file)})
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(plan.to_json(), encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, plan.to_json())
     return plan
 
 

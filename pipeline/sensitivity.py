@@ -22,6 +22,7 @@ from vcompress.models.video import VideoModel
 from vcompress.pipeline.order import open_model_and_clips
 from vcompress.pipeline.run import Options, Progress, Recorded, Silent
 from vcompress.spec.errors import InputError, MissingCapabilityError
+from vcompress.spec.files import check_file
 from vcompress.spec.formats import FLOAT, FORMATS
 from vcompress.spec.strict_json import nearest
 from vcompress.spec.target import find_target
@@ -88,9 +89,8 @@ def sensitivity(
     """
     recorded = Recorded(progress or Silent())
     wanted = _wanted(formats, options.target)
-    if plot is not None and (plot.is_dir() or not plot.absolute().parent.is_dir()):
-        message = f"{plot}: no such folder to write the plot to; choose another --output"
-        raise InputError(message)
+    if plot is not None:
+        check_file(plot)
     model, clips = open_model_and_clips(source, options, load, recorded)
     table = measure_sensitivity(
         model, clips.calibration, wanted, check=check, seed=options.seed, progress=recorded

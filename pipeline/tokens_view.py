@@ -34,6 +34,7 @@ from vcompress.pipeline.run import Progress, Silent
 from vcompress.spec.artifact import MANIFEST, Artifact
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError
+from vcompress.spec.files import check_file
 from vcompress.spec.plan import CompressionPlan, check_plan
 from vcompress.spec.token_section import TokenSection
 from vcompress.validate.token_picture import TokenMap, draw_token_picture, require_matplotlib
@@ -124,9 +125,7 @@ def view_tokens(
         MissingCapabilityError: matplotlib is not installed.
     """
     progress = progress or Silent()
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        message = f"{output}: no such folder to write the picture to; choose another --output"
-        raise InputError(message)
+    check_file(output)
     require_matplotlib()
     path, manifest = _open(file)
     plan = CompressionPlan.load(path)

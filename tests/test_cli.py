@@ -238,7 +238,7 @@ def test_a_plan_is_not_overwritten_and_options_are_checked_at_once(
     path.write_text(edited)
     for arguments, expected in (
         ([*command, "-o", path], "may have been edited; add --force"),
-        ([*command, "-o", tmp_path / "absent/plan.json"], "no such folder"),
+        ([*command, "-o", tmp_path / "absent/plan.json"], "there is no folder"),
         ([*command, "-o", path, "--max-layer-error", "nan"], "--max-layer-error must lie between"),
         (["apply", path, source, "-o", tmp_path / "out"], "not the clips that the plan"),
         (["apply", path, source, "--max-drop", "500"], "--max-drop must lie between 0 and 100"),
@@ -284,6 +284,9 @@ def test_the_profile_of_an_artifact_stands_beside_that_of_its_model(
     printed = capsys.readouterr().out
     assert "saved ms" in printed
     assert "while watched" in printed
+    # What it would ignore is refused.
+    code, message = run(monkeypatch, "profile", artifact, "--std", "0.1")
+    assert (code, "give it no option but these" in message + capsys.readouterr().err) == (2, True)
 
 
 def test_an_unknown_target_of_a_plan_is_an_error(

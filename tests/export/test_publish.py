@@ -20,7 +20,6 @@ import pytest
 from vcompress.export import publish
 from vcompress.export.publish import (
     check_output,
-    replace_file,
     staged_directory,
     write_manifest,
 )
@@ -216,20 +215,6 @@ def test_files_are_as_readable_as_the_manifest(tmp_path: Path) -> None:
     }
     assert modes["model.onnx"] == modes["manifest.json"] & ~0o111
     assert modes["plan.json"] & 0o100
-
-
-def test_replace_file_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> None:
-    replace_file(tmp_path / "plan.json", b"old")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            replace_file(tmp_path / "plan.json", b"new and far too long")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
-        ("plan.json", b"old")
-    ]
 
 
 WRITER = f"""

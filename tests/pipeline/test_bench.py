@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from vcompress import cli
 from vcompress.pipeline import bench
 from vcompress.pipeline.bench import Arm, Benchmark
 from vcompress.pipeline.run import Silent
@@ -68,3 +70,14 @@ def test_times_of_another_machine_decide_nothing(
     found = bench._comparable(run, stored).verdict
     assert found is not None
     assert found.outcome == outcome
+
+
+@pytest.mark.parametrize("flag", ["--output", "--junit", "--history"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "none" / "file"
+    monkeypatch.setattr(sys, "argv", ["vcompress", "bench", str(tmp_path), flag, str(path)])
+    code, message = cli._run()
+    assert code == 2
+    assert f"choose another {flag}" in (message or "")

@@ -117,8 +117,8 @@ def test_check_is_printed_also_where_few_bits_are_not_possible(
     [
         (["--formats", "nvfp5"], "unknown format 'nvfp5'; did you mean"),
         (["--formats", "nvfp4,"], "unknown format ''"),
-        (["-o", "absent/plot.png"], "no such folder"),
-        (["-o", "."], "no such folder to write the plot to"),
+        (["-o", "absent/plot.png"], "there is no folder"),
+        (["-o", "."], "is a folder; choose another --output"),
         (["--calib", "absent"], "absent: no such file"),
     ],
 )
