@@ -8,7 +8,7 @@ VideoMAE-S geometry: 16 x 224 x 224, 1,568 tokens, 12 blocks of width 384; batch
 (time does not depend on what a model knows). All candidates run in turn in one process; each ratio
 is the median over rounds of the paired ratios. The artifact is what `quantize --target int8
 --attention int8_keep` and `export --runtime openvino` write: linears, the convolution, and the
-queries and keys of attention in INT8.
+queries and keys of attention in INT8; `int8_token` has input scales for each token in its place.
 - NNCF gets the model in both forms that a user has, the ONNX file and the torch module (whose
   attention it sees as one operator); all bars are held against the faster one.
 - OpenVINO computes in float32 what is left in floating point, which is what the artifact was proven
@@ -85,8 +85,11 @@ def geometry() -> VideoModel:
     return from_checkpoint(stored, name="videomae-s", source="random", options=LoadOptions())
 
 
-def quantized(model: VideoModel, clip: torch.Tensor) -> VideoModel:
-    """All layers in INT8, and scores of attention; ranges are those of `clip`."""
+def quantized(model: VideoModel, clip: torch.Tensor, linears: str = "int8") -> VideoModel:
+    """All layers in INT8, and scores of attention; ranges are those of `clip`.
+
+    `linears` is the format of linear layers: `int8_token` has an input scale for each token.
+    """
     changed = model.copy()
     ranges = calibrate_attention(changed, _Clip(clip))  # type: ignore[arg-type]
     apply_attention(
@@ -104,7 +107,9 @@ def quantized(model: VideoModel, clip: torch.Tensor) -> VideoModel:
     for hook in hooks:
         hook.remove()
     for name in changed.layers:
-        changed.module.set_submodule(name, freeze(changed.layer(name), "int8", amax[name]))
+        layer = changed.layer(name)
+        form = linears if isinstance(layer, nn.Linear) else "int8"
+        changed.module.set_submodule(name, freeze(layer, form, amax[name]))
     return changed
 
 
@@ -172,6 +177,7 @@ def make_files(folder: Path) -> dict[str, Any]:
     files = write_graph(model, clip, folder, "float")
     write_peers(model, files["portable"], clip, folder)
     write_graph(quantized(model, clip), clip, folder, "int8")
+    write_graph(quantized(model, clip, "int8_token"), clip, folder, "int8_token")
     sections = {}
     for share in SCHEDULES:
         fewer, sections[str(share)] = reduced(model, share)
@@ -212,6 +218,9 @@ def runners(folder: Path, threads: int) -> dict[str, Runner]:
             found[f"{name}, OpenVINO {precision}"] = _openvino(path, clip, threads, precision)
         found[f"ours int8, OpenVINO {precision}"] = _openvino(
             folder / "int8.openvino.onnx", clip, threads, precision
+        )
+        found[f"ours int8_token, OpenVINO {precision}"] = _openvino(
+            folder / "int8_token.openvino.onnx", clip, threads, precision
         )
         for share in SCHEDULES:
             found[f"ours int8 and tokens {share}, OpenVINO {precision}"] = _openvino(
