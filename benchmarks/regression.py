@@ -81,7 +81,8 @@ def record(condition: str, artifact: Path, seconds: float, path: Path, *, progra
     """Time pairs for `seconds`, and add them to the results at `path`, ten at a time."""
     from dataclasses import replace
 
-    from vcompress.pipeline.bench import arm_of, measure_pairs
+    from vcompress.pipeline.bench import arm_of
+    from vcompress.pipeline.process_pairs import measure_pairs
     from vcompress.pipeline.run import Silent
     from vcompress.validate.latency import describe_device
 

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from vcompress.pipeline.bench import Arm, measure_arms
+from vcompress.pipeline.process_pairs import Arm, measure_arms
 from vcompress.pipeline.run import Progress, Silent
 from vcompress.validate.latency import describe_device
 from vcompress.validate.regression import (

@@ -12,7 +12,8 @@ from pathlib import Path
 from vcompress.export.graph import export_onnx
 from vcompress.models.calls import Batch
 from vcompress.models.video import PrimaryOutput, VideoModel
-from vcompress.pipeline.bench import Arm, arm_of, graph_arm, measure_arms
+from vcompress.pipeline.bench import arm_of
+from vcompress.pipeline.process_pairs import Arm, graph_arm, measure_arms
 from vcompress.pipeline.run import Progress
 from vcompress.spec.artifact import Artifact
 from vcompress.spec.errors import InputError, MissingCapabilityError

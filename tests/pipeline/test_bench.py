@@ -12,7 +12,8 @@ import pytest
 
 from vcompress import cli
 from vcompress.pipeline import bench
-from vcompress.pipeline.bench import Arm, Benchmark
+from vcompress.pipeline.bench import Benchmark
+from vcompress.pipeline.process_pairs import Arm, measure_pairs
 from vcompress.pipeline.run import Silent
 from vcompress.spec.errors import BuildError, InputError
 from vcompress.validate.regression import Estimate, verdict
@@ -28,7 +29,7 @@ def recorded() -> Benchmark:
 
 
 def test_fresh_processes_time_the_yardstick_with_more_work() -> None:
-    rows = bench.measure_pairs(
+    rows = measure_pairs(
         Arm(block_seconds=0.002), Arm(repeat=1000, block_seconds=0.002), 1, Silent(), "pair"
     )
     assert rows.shape == (1, 10)
@@ -39,7 +40,7 @@ def test_fresh_processes_time_the_yardstick_with_more_work() -> None:
 def test_a_process_that_ends_early_says_why(tmp_path: Path) -> None:
     missing = Arm(onnx=tmp_path / "none.onnx", inputs=tmp_path / "none.npz")
     with pytest.raises(BuildError, match=r"none\.onnx is not a file"):
-        bench.measure_pairs(missing, Arm(), 1, Silent(), "pair")
+        measure_pairs(missing, Arm(), 1, Silent(), "pair")
 
 
 def test_a_recorded_run_is_a_baseline_and_a_comparison_is_none(

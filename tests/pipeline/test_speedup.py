@@ -8,8 +8,8 @@ import torch
 
 from vcompress.export.graph import export_onnx
 from vcompress.export.runtime import open_session
-from vcompress.pipeline.bench import Arm
 from vcompress.pipeline.performance import modes_of, peak_memory
+from vcompress.pipeline.process_pairs import Arm
 from vcompress.pipeline.run import Silent
 from vcompress.pipeline.speedup import measure_speedup, time_graphs
 from vcompress.validate.latency import measure_interleaved
