@@ -13,6 +13,7 @@ from vcompress.models.reference.catalog import Part, reference_clips
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.defaults import NUM_TEST_CLIPS
 from vcompress.spec.errors import InputError
+from vcompress.spec.files import check_clips
 
 __all__ = ["REFERENCE_PREFIX", "ClipRequest", "ClipSets", "open_clip_sets", "open_clips"]
 
@@ -68,9 +69,7 @@ def open_clips(
             source.removeprefix(REFERENCE_PREFIX), part, limit=limit, seed=seed
         )
         return Clips.from_frames(frames, spec, labels=classes, names=names)
-    if not Path(source).exists():
-        message = f"{source}: no such file or folder of clips"
-        raise InputError(message)
+    check_clips(source)
     return load_clips(source, spec, limit=limit, seed=seed, label_names=labels or None)
 
 

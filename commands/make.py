@@ -9,6 +9,7 @@ import click
 
 from vcompress.commands.options import (
     bar_options,
+    check_sources,
     common,
     load_options,
     model_options,
@@ -44,6 +45,7 @@ def quantize(model: str, as_json: bool, quiet: bool, **values: Any) -> None:
     diffusers, MODULE:CALLABLE, or reference:NAME (penvideo20, moving-fashion, bouncing-garments).
     For a denoiser, --calib is a file of calls made with vcompress.record_calls.
     """
+    check_sources(model, values)
     from vcompress import pipeline
     from vcompress.terminal.console import Console
 
@@ -67,6 +69,7 @@ def quantize(model: str, as_json: bool, quiet: bool, **values: Any) -> None:
 @common
 def plan(model: str, output: Path, as_json: bool, quiet: bool, **values: Any) -> None:
     """Decide only: write the plan of MODEL, one layer a line, to be read and edited."""
+    check_sources(model, values)
     from vcompress import pipeline
     from vcompress.terminal.console import Console
     from vcompress.terminal.inspection import print_plan

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from vcompress.commands.options import common, load_options, model_options
+from vcompress.commands.options import check_sources, common, load_options, model_options
 from vcompress.spec.errors import InconclusiveError, QualityGateError
 from vcompress.spec.files import check_file, replace_file
 
@@ -116,6 +116,7 @@ def profile(
 
     Of an artifact: where it went, beside that of the model that it was made from.
     """
+    check_sources(model, {"calib": calib})
     from dataclasses import replace
 
     from vcompress.models.load import LoadOptions
@@ -161,6 +162,7 @@ def bisect(
 
     Exit code 0: nowhere, up to rounding ties; 3: the first layer is printed.
     """
+    check_sources(model, values)
     import json
 
     from vcompress.pipeline.bisect import bisect as find

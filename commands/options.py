@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from vcompress.spec.defaults import ALGORITHM, ATTENTION, MAX_LAYER_ERROR, NUM_CLIPS, NUM_TEST_CLIPS
+from vcompress.spec.files import check_clips, check_model
 from vcompress.spec.target import TARGETS
 
 if TYPE_CHECKING:
     from vcompress.models.load import LoadOptions
 
 __all__ = [
-    "bar_options", "common", "load_options", "model_options", "plan_options", "proof_options",
-    "speed_option",
+    "bar_options", "check_sources", "common", "load_options", "model_options", "plan_options",
+    "proof_options", "speed_option",
 ]  # fmt: skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -289,6 +290,13 @@ proof_options = _with_options(
     click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: NAME-TARGET/."),
     click.option("--force", is_flag=True, help="Replace an artifact that is already there."),
 )
+
+
+def check_sources(model: str, values: Mapping[str, Any]) -> None:
+    """Raise `InputError` for a path with nothing at it, before anything heavy is imported."""
+    check_model(model)
+    for name in ("calib", "data"):
+        check_clips(values.get(name))
 
 
 def load_options(values: dict[str, Any]) -> LoadOptions:

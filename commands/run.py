@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vcompress.commands.options import common, load_options, model_options
+from vcompress.commands.options import check_sources, common, load_options, model_options
 from vcompress.spec.defaults import MIN_AGREEMENT, NUM_CHECKS
 from vcompress.spec.errors import InputError
 
@@ -62,6 +62,7 @@ def stream(model: str, video: str, as_json: bool, quiet: bool, **values: Any) ->
 
     One line a window; with --json one object a line, the first and the last about the stream.
     """
+    check_sources(model, values)
     from vcompress.pipeline.stream import stream
     from vcompress.terminal.console import Console
     from vcompress.terminal.stream import print_stream

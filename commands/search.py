@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vcompress.commands.options import common, load_options, model_options
+from vcompress.commands.options import check_sources, common, load_options, model_options
 from vcompress.spec.defaults import NUM_CLIPS
 from vcompress.spec.target import TARGETS
 
@@ -53,6 +53,7 @@ def sensitivity(
 
     Costs are predicted from a few gradients, in seconds; --check measures them.
     """
+    check_sources(model, values)
     from vcompress import pipeline
     from vcompress.terminal.console import Console
 
@@ -98,6 +99,7 @@ def latency(
 
     Elsewhere, plan for this machine with quantize --target mixed --max-latency --latency-table.
     """
+    check_sources(model, {"calib": calib})
     from dataclasses import replace
 
     from vcompress import pipeline
@@ -163,6 +165,7 @@ def tokens(
 
     Take it over with quantize --tokens PLAN, or run it alone with apply PLAN.
     """
+    check_sources(model, values)
     from vcompress import pipeline
     from vcompress.terminal.console import Console
 

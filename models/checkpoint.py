@@ -20,6 +20,7 @@ from torch import nn
 
 from vcompress.spec import strict_json
 from vcompress.spec.errors import InputError
+from vcompress.spec.files import check_model
 
 __all__ = [
     "Checkpoint",
@@ -49,7 +50,8 @@ class Checkpoint:
 def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
     """Read the file `path`; `InputError` says what is wrong with it and what to do."""
     if not path.is_file():
-        message = f"{path}: no such file; give a .pt or .safetensors file, or a model directory"
+        check_model(str(path))
+        message = f"{path} is not a regular file; give one"
         raise InputError(message)
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)

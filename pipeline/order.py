@@ -27,7 +27,7 @@ from vcompress.pipeline.planning import (
 from vcompress.pipeline.run import Options, Outcome, Progress, Recorded, Silent
 from vcompress.spec.clip import ClipSpec
 from vcompress.spec.errors import InputError, MissingCapabilityError
-from vcompress.spec.files import check_file
+from vcompress.spec.files import check_clips, check_file
 from vcompress.spec.plan import CompressionPlan
 from vcompress.spec.target import find_target
 
@@ -241,6 +241,9 @@ def _require_calib(options: Options) -> str:
             "vcompress.record_calls"
         )
         raise InputError(message)
+    # Opened after the model, which may take minutes to load.
+    check_clips(options.calib)
+    check_clips(options.data)
     return options.calib
 
 

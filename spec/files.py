@@ -1,4 +1,4 @@
-"""Single files: looked at before the work that they hold, and written whole or not at all.
+"""Files by their paths: looked at before the work that they hold, and written whole or not at all.
 
 Directories are published by `export.publish`.
 """
@@ -12,7 +12,9 @@ from pathlib import Path
 
 from vcompress.spec.errors import InputError
 
-__all__ = ["check_file", "replace_file", "sync_directory", "sync_file"]
+__all__ = [
+    "check_clips", "check_file", "check_model", "replace_file", "sync_directory", "sync_file",
+]  # fmt: skip
 
 
 def check_file(path: Path, what: str = "--output") -> None:
@@ -28,6 +30,29 @@ def check_file(path: Path, what: str = "--output") -> None:
         return
     message = f"{path} {problem}; choose another {what}"
     raise InputError(message)
+
+
+def check_model(source: str) -> None:
+    """Raise `InputError` where a model is to be read from a path at which there is nothing."""
+    _check_there(
+        source, "a .pt, .safetensors, .onnx or .pt2 file, a model directory, module:callable or "
+        "reference:NAME",
+    )  # fmt: skip
+
+
+def check_clips(source: str | None) -> None:
+    """The same for clips, or recorded calls; None is none."""
+    if source is not None:
+        _check_there(
+            source, "a folder of videos, an .npz or a .pt file; for a denoiser, a file of calls"
+        )
+
+
+def _check_there(source: str, wanted: str) -> None:
+    # What has a colon is looked up by its name, if it is no file.
+    if ":" not in source and not Path(source).exists():
+        message = f"{source}: no such file or folder; give {wanted}"
+        raise InputError(message)
 
 
 def replace_file(path: Path, data: bytes | str) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from importlib import metadata
 
 import pytest
@@ -18,9 +17,7 @@ ADA = Gpu(name="RTX 4090", sm="89", memory_gib=24)
 
 
 def test_every_line_is_a_fact_of_this_machine() -> None:
-    started = time.perf_counter()
     found = {capability.name: capability for capability in capabilities()}
-    assert time.perf_counter() - started < 10
     assert all(capability.detail for capability in found.values())
     assert all(capability.remedy for capability in found.values() if capability.status != "works")
 
