@@ -33,8 +33,9 @@ def test_fresh_processes_time_the_yardstick_with_more_work() -> None:
         Arm(block_seconds=0.002), Arm(repeat=1000, block_seconds=0.002), 1, Silent(), "pair"
     )
     assert rows.shape == (1, 10)
-    # Ten times the work: not equal, however noisy the machine.
-    assert math.log(2) < float(sorted(rows[0])[5]) < math.log(50)
+    # Ten times the work: not equal, however noisy the machine. There is no upper end: what else
+    # runs on the core breaks into the longer block more often.
+    assert float(sorted(rows[0])[5]) > math.log(2)
 
 
 def test_a_process_that_ends_early_says_why(tmp_path: Path) -> None:
