@@ -35,6 +35,8 @@ __all__ = ["Answer", "Deployed", "Start", "open_deployed"]
 Array = npt.NDArray[Any]
 Skipped = Callable[[str, InputError], None]
 _DECODED_AHEAD = 4
+# A folder may hold thousands of videos, and each has a decoder and frames of its own.
+_MOST_STREAMS = 16
 _TOP = 5
 
 
@@ -179,20 +181,22 @@ class Deployed:
         self, videos: Sequence[str | Path], *, stride: int, batch: int = 1,
         skipped: Skipped | None = None,
     ) -> Iterator[Answer]:  # fmt: skip
-        """Answers over a sliding window, of all videos in turn, each decoded in its own thread.
+        """Answers over a sliding window, of up to 16 videos in turn, each decoded in a thread.
 
         Args:
-            videos: files.
+            videos: files; the next 16 begin when all windows of these are answered.
             stride: new frames of each window, as the model sees them.
             batch: windows in one run, of one or of several videos.
             skipped: as in `answers`; what was answered before the damage stays answered.
         """
-        streams = [Ahead(self._sliding(video, stride), _DECODED_AHEAD) for video in videos]
-        try:
-            yield from self._answered(_in_turn(streams, videos, skipped), batch)
-        finally:
-            for stream in streams:
-                stream.close()
+        for first in range(0, len(videos), _MOST_STREAMS):
+            some = videos[first : first + _MOST_STREAMS]
+            streams = [Ahead(self._sliding(video, stride), _DECODED_AHEAD) for video in some]
+            try:
+                yield from self._answered(_in_turn(streams, some, skipped), batch)
+            finally:
+                for stream in streams:
+                    stream.close()
 
     def check(self) -> float:
         """Run the golden clips of the artifact here; the relative L2 error of the outputs.

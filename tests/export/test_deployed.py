@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,18 @@ def test_windows_slide_over_several_videos_in_turn(deployed: Deployed, tmp_path:
     assert [answer.start_seconds for answer in answers] == pytest.approx([0, 0, 0.6, 1.2])
     # The short one is filled up with its last frame.
     assert [answer.end_seconds for answer in answers] == pytest.approx([0.6, 0.4, 1.2, 1.8])
+
+
+def test_many_videos_are_not_decoded_all_at_once(deployed: Deployed, tmp_path: Path) -> None:
+    video = write_video(tmp_path / "a.mkv", [1] * 8)
+    before = threading.active_count()
+    most = 0
+    found = []
+    for answer in deployed.windows([video] * 40, stride=4):
+        most = max(most, threading.active_count() - before)
+        found.append(answer.label)
+    assert found == ["green"] * 40
+    assert 0 < most <= 16
 
 
 def test_a_damaged_video_is_named_and_the_others_are_answered(
